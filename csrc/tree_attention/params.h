@@ -92,9 +92,10 @@ struct TreeCompactParams {
 };
 
 struct MergeStatesParams {
-  Tensor out;  // [rows, H, Dv]
-  Tensor lse;  // [rows, H], float32, any strides
-  Tensor out_a, lse_a, out_b, lse_b;
+  Tensor out;           // [B, T, H, Dv]
+  Tensor lse;           // [B, H, T], float32
+  Tensor out_a, lse_a;  // one state, as out and lse
+  Tensor out_b, lse_b;  // the other
 };
 
 }  // namespace torch_kernels
