@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// From Python objects to Tensor views. torch publishes a C function table for this on its tensor class (the DLPack exchange API, about 20 ns
+// a tensor); a torch that predates it is asked through Python attributes.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstring>
+#include <string>
+
+#include "core/error.h"
+#include "core/tensor.h"
+
+namespace torch_kernels {
+namespace nb = nanobind;
+
+// The part of DLPackExchangeAPI (DLPack 1.2) used here.
+struct DlpackExchangeApi {
+  uint32_t major, minor;
+  DlpackExchangeApi* previous;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*borrow)(void* object, nb::dlpack::dltensor* view);
+  void* current_stream;
+};
+
+inline DType dtype_from_dlpack(nb::dlpack::dtype type) {
+  enum { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6, kFloat8E4M3 = 10 };
+  auto is = [&](int code, int bits) { return type.code == code && type.bits == bits; };
+  if (is(kFloat, 32)) return DType::float32;
+  if (is(kBfloat, 16)) return DType::bfloat16;
+  if (is(kFloat, 16)) return DType::float16;
+  if (is(kInt, 32)) return DType::int32;
+  if (is(kInt, 64)) return DType::int64;
+  if (is(kFloat, 64)) return DType::float64;
+  if (is(kInt, 8)) return DType::int8;
+  if (is(kUInt, 8)) return DType::uint8;
+  if (is(kBool, 8)) return DType::boolean;
+  if (is(kFloat8E4M3, 8)) return DType::float8_e4m3;
+  throw nb::type_error("torch_kernels: a tensor has a dtype that no kernel reads");
+}
+
+inline DType dtype_from_name(const std::string& name) {
+  constexpr std::pair<const char*, DType> names[] = {
+      {"torch.float32", DType::float32},       {"torch.bfloat16", DType::bfloat16}, {"torch.float16", DType::float16},
+      {"torch.int32", DType::int32},           {"torch.int64", DType::int64},       {"torch.float64", DType::float64},
+      {"torch.int8", DType::int8},             {"torch.uint8", DType::uint8},       {"torch.bool", DType::boolean},
+      {"torch.float8_e4m3fn", DType::float8_e4m3}};
+  for (auto& [known, dtype] : names)
+    if (name == known) return dtype;
+  throw nb::type_error("torch_kernels: a tensor has a dtype that no kernel reads");
+}
+
+struct Borrowed {
+  Tensor tensor;
+  int32_t device_type = 0, device_index = 0;  // as in DLPack: 1 CPU, 2 CUDA
+};
+
+inline DlpackExchangeApi* exchange_api() {
+  static DlpackExchangeApi* api = [] {
+    nb::object type = nb::module_::import_("torch").attr("Tensor");
+    DlpackExchangeApi* found = nullptr;
+    if (nb::hasattr(type, "__dlpack_c_exchange_api__")) {
+      nb::object capsule = type.attr("__dlpack_c_exchange_api__");
+      found = static_cast<DlpackExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      PyErr_Clear();
+      while (found && found->major != 1) found = found->previous;
+      if (found && !found->borrow) found = nullptr;
+    }
+    return found;
+  }();
+  return api;
+}
+
+inline Borrowed borrow_by_attributes(nb::handle object) {
+  Borrowed result;
+  nb::tuple sizes = nb::tuple(object.attr("shape")), strides = nb::tuple(object.attr("stride")());
+  nb::object device = object.attr("device");
+  result.tensor.data = reinterpret_cast<void*>(nb::cast<intptr_t>(object.attr("data_ptr")()));
+  result.tensor.dtype = dtype_from_name(nb::str(object.attr("dtype")).c_str());
+  result.tensor.rank = int32_t(sizes.size());
+  for (int i = 0; i < result.tensor.rank && i < Tensor::kMaxRank; i++) {
+    result.tensor.size[i] = nb::cast<int64_t>(sizes[i]);
+    result.tensor.stride[i] = nb::cast<int64_t>(strides[i]);
+  }
+  result.device_type = std::strcmp(nb::str(device.attr("type")).c_str(), "cpu") == 0 ? 1 : 2;
+  result.device_index = device.attr("index").is_none() ? 0 : nb::cast<int>(device.attr("index"));
+  return result;
+}
+
+inline Borrowed borrow_by_exchange(nb::handle object) {
+  nb::dlpack::dltensor view;
+  if (exchange_api()->borrow(object.ptr(), &view) != 0) throw nb::python_error();
+  Borrowed result;
+  result.tensor.data = static_cast<char*>(view.data) + view.byte_offset;
+  result.tensor.dtype = dtype_from_dlpack(view.dtype);
+  result.tensor.rank = view.ndim;
+  for (int i = 0; i < view.ndim && i < Tensor::kMaxRank; i++) {
+    result.tensor.size[i] = view.shape[i];
+    result.tensor.stride[i] = view.strides[i];
+  }
+  result.device_type = view.device.device_type;
+  result.device_index = view.device.device_id;
+  return result;
+}
+
+inline Borrowed borrow(nb::handle object) {
+  if (object.is_none()) return {};
+  Borrowed result = exchange_api() ? borrow_by_exchange(object) : borrow_by_attributes(object);
+  require(result.tensor.rank <= Tensor::kMaxRank, "torch_kernels: a tensor has more than ", int(Tensor::kMaxRank), " dimensions");
+  return result;
+}
+
+inline Tensor tensor(nb::handle object) { return borrow(object).tensor; }
+
+}  // namespace torch_kernels

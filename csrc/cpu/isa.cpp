@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/isa.h"
+
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace torch_kernels::cpu {
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+
+// Linux hands out the tile registers only to processes that ask.
+bool has_amx() {
+  if (!has_avx512()) return false;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((edx & (kBf16 | kTile | kInt8)) != (kBf16 | kTile | kInt8)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+#endif
+
+int best() {
+  int index = 0;
+  for (size_t i = 0; i < instruction_sets().size(); i++)
+    if (instruction_sets()[i].supported()) index = int(i);
+  return index;
+}
+
+int& selection() {
+  static int index = best();
+  return index;
+}
+
+}  // namespace
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> sets = {
+      {"generic", always}, TORCH_KERNELS_X86_ONLY({"avx2", has_avx2}, {"avx512", has_avx512}, {"amx", has_amx})};
+  return sets;
+}
+
+int selected_index() { return selection(); }
+
+void select(const std::string& name) {
+  for (size_t i = 0; i < instruction_sets().size(); i++) {
+    if (name != instruction_sets()[i].name) continue;
+    if (!instruction_sets()[i].supported()) throw std::invalid_argument("this processor does not support the instruction set " + name);
+    selection() = int(i);
+    return;
+  }
+  throw std::invalid_argument("unknown instruction set " + name);
+}
+
+}  // namespace torch_kernels::cpu
