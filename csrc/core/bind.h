@@ -4,10 +4,16 @@
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
+#include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "core/context.h"
 #include "core/error.h"
 #include "core/tensor.h"
 
@@ -22,7 +28,7 @@ struct DlpackExchangeApi {
   void* managed_from_object;
   void* managed_to_object;
   int (*borrow)(void* object, nb::dlpack::dltensor* view);
-  void* current_stream;
+  int (*current_stream)(int device_type, int device_index, void** stream);
 };
 
 inline DType dtype_from_dlpack(nb::dlpack::dtype type) {
@@ -52,9 +58,11 @@ inline DType dtype_from_name(const std::string& name) {
   throw nb::type_error("torch_kernels: a tensor has a dtype that no kernel reads");
 }
 
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };  // DLPack's numbers
+
 struct Borrowed {
   Tensor tensor;
-  int32_t device_type = 0, device_index = 0;  // as in DLPack: 1 CPU, 2 CUDA
+  int32_t device_type = kCpu, device_index = 0;
 };
 
 inline DlpackExchangeApi* exchange_api() {
@@ -84,7 +92,7 @@ inline Borrowed borrow_by_attributes(nb::handle object) {
     result.tensor.size[i] = nb::cast<int64_t>(sizes[i]);
     result.tensor.stride[i] = nb::cast<int64_t>(strides[i]);
   }
-  result.device_type = std::strcmp(nb::str(device.attr("type")).c_str(), "cpu") == 0 ? 1 : 2;
+  result.device_type = std::strcmp(nb::str(device.attr("type")).c_str(), "cpu") == 0 ? kCpu : kCuda;
   result.device_index = device.attr("index").is_none() ? 0 : nb::cast<int>(device.attr("index"));
   return result;
 }
@@ -113,5 +121,30 @@ inline Borrowed borrow(nb::handle object) {
 }
 
 inline Tensor tensor(nb::handle object) { return borrow(object).tensor; }
+
+inline void* current_stream(const Borrowed& on) {
+  if (on.device_type == kCpu) return nullptr;
+  if (!exchange_api())
+    return reinterpret_cast<void*>(nb::cast<intptr_t>(nb::module_::import_("torch._C").attr("_cuda_getCurrentRawStream")(on.device_index)));
+  void* stream = nullptr;
+  if (exchange_api()->current_stream(on.device_type, on.device_index, &stream) != 0) throw nb::python_error();
+  return stream;
+}
+
+// Calls a kernel where the tensor `on` lives, without the interpreter lock.
+template <class Params>
+void run(void (*kernel)(const Params&, const Context&), nb::handle on, const Params& params) {
+  Borrowed place = borrow(on);
+  std::vector<nb::object> workspaces;
+  Context context{place.device_index, current_stream(place), [&](int64_t bytes) {
+                    nb::gil_scoped_acquire gil;
+                    nb::object torch = nb::module_::import_("torch");
+                    workspaces.push_back(
+                        torch.attr("empty")(bytes, nb::arg("dtype") = torch.attr("uint8"), nb::arg("device") = on.attr("device")));
+                    return tensor(workspaces.back()).data;
+                  }};
+  nb::gil_scoped_release unlocked;
+  kernel(params, context);
+}
 
 }  // namespace torch_kernels

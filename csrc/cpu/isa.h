@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "core/context.h"
+
 #if defined(__x86_64__)
 #define TORCH_KERNELS_X86_ONLY(...) __VA_ARGS__
 #else
@@ -24,13 +26,13 @@ void select(const std::string& name);  // throws if this processor lacks it
 
 }  // namespace torch_kernels::cpu
 
-// Declares `void name(const Params&)` in every instruction set's namespace and defines the one that dispatches.
+// Declares `void name(const Params&)` in every instruction set's namespace and defines the one that calls the selected.
 #define TORCH_KERNELS_CPU_KERNEL(name, Params)                                        \
   namespace generic { void name(const Params&); }                                     \
   TORCH_KERNELS_X86_ONLY(namespace avx2 { void name(const Params&); }                 \
                          namespace avx512 { void name(const Params&); }               \
                          namespace amx { void name(const Params&); })                 \
-  inline void name(const Params& params) {                                            \
+  inline void name(const Params& params, const Context&) {                            \
     static constexpr void (*kernels[])(const Params&) = {                             \
         generic::name TORCH_KERNELS_X86_ONLY(, avx2::name, avx512::name, amx::name)}; \
     kernels[selected_index()](params);                                                \

@@ -6,31 +6,30 @@
 namespace torch_kernels {
 
 void bind_tree_attention(nb::module_& module);
+void bind_tree_validation(nb::module_& module);
 
 // What an op's checks depend on: dtype, device, sizes and strides of every tensor, and every other argument. Two calls with equal signatures
 // are checked once.
-nb::object signature(nb::handle arguments) {
+nb::bytes signature(nb::tuple arguments) {
   std::string key;
-  auto append = [&](const auto& value) { key.append(reinterpret_cast<const char*>(&value), sizeof value); };
-  PyObject* others = nullptr;
-  for (Py_ssize_t i = 0, n = PyTuple_GET_SIZE(arguments.ptr()); i < n; i++) {
-    PyObject* object = PyTuple_GET_ITEM(arguments.ptr(), i);
+  auto append = [&](const auto&... values) { (key.append(reinterpret_cast<const char*>(&values), sizeof values), ...); };
+  for (nb::handle argument : arguments) {
+    PyObject* object = argument.ptr();
     if (object == Py_None) {
       append('n');
     } else if (PyFloat_Check(object)) {
-      append('f'), append(PyFloat_AS_DOUBLE(object));
+      append('f', PyFloat_AS_DOUBLE(object));
     } else if (PyLong_Check(object)) {
-      append('i'), append(PyLong_AsLongLong(object));
+      append('i', PyLong_AsLongLong(object));
     } else if (PyUnicode_Check(object)) {
-      append('s'), append(object), others = object;
+      key += nb::str(argument).c_str();
     } else {
-      Borrowed b = borrow(object);
-      append('t'), append(b.tensor.dtype), append(b.device_type), append(b.device_index), append(b.tensor.rank);
+      Borrowed b = borrow(argument);
+      append('t', b.tensor.dtype, b.device_type, b.device_index, b.tensor.rank);
       key.append(reinterpret_cast<const char*>(b.tensor.size), sizeof(int64_t) * b.tensor.rank);
       key.append(reinterpret_cast<const char*>(b.tensor.stride), sizeof(int64_t) * b.tensor.rank);
     }
   }
-  (void)others;
   return nb::bytes(key.data(), key.size());
 }
 
@@ -45,7 +44,8 @@ NB_MODULE(_cpu, module) {
       if (set.supported()) names.append(set.name);
     return names;
   });
-  module.def("instruction_set", [] { return cpu::selected().name; });
+  module.def("instruction_set", [] { return cpu::instruction_sets()[cpu::selected_index()].name; });
   module.def("select_instruction_set", &cpu::select);
   bind_tree_attention(module);
+  bind_tree_validation(module);
 }

@@ -79,6 +79,10 @@ inline float to_float(Float8E4M3 x) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
 }
 
+inline bool is_finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
+inline bool is_finite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7f800000) != 0x7f800000; }
+inline bool is_finite(double x) { return std::isfinite(x); }
+
 template <class T>
 inline T from_float(double x);
 template <>
@@ -103,7 +107,7 @@ inline Half from_float<Half>(double x) {
 }
 // Saturating, to nearest even.
 template <>
-inline int8_t from_float<int8_t>(double x) { return int8_t(std::nearbyint(x < -127 ? -127 : x > 127 ? 127 : x)); }
+inline int8_t from_float<int8_t>(double x) { return x != x ? 0 : int8_t(std::nearbyint(x < -127 ? -127 : x > 127 ? 127 : x)); }
 template <>
 inline Float8E4M3 from_float<Float8E4M3>(double x) {
   float value = float(x), magnitude = std::fabs(value);
@@ -154,7 +158,7 @@ inline void convert(const Half* src, float* dst, int64_t n) {
 
 // ---- functions ----
 
-// 2^x for x <= about 0, to 2e-7 relative (double: 2e-13); 0 below the normal range; NaN stays NaN.
+// 2^x to 1.5e-7 relative; 0 below the normal range; NaN stays NaN.
 inline Vector<float> exp2_vector(Vector<float> x) {
   using Int = Vector<int32_t>;
   x = x < -126.f ? broadcast(-127.f) : x;
@@ -162,11 +166,11 @@ inline Vector<float> exp2_vector(Vector<float> x) {
   Vector<float> shifted = x + 0x1.8p23f;  // the integer part lands in the low mantissa bits
   Int exponent = bit_cast_vector<Int>(shifted) << 23;
   Vector<float> f = x - (shifted - 0x1.8p23f);
-  Vector<float> p = 1.8775767e-3f * f + 8.9893397e-3f;
-  p = p * f + 5.5826318e-2f;
-  p = p * f + 2.4015361e-1f;
-  p = p * f + 6.9315308e-1f;
-  p = p * f + 9.9999994e-1f;
+  Vector<float> p = 1.3264727e-3f * f + 9.6715130e-3f;  // minimax for 2^f on [-1/2, 1/2] with p(0) = 1
+  p = p * f + 5.5507336e-2f;
+  p = p * f + 2.4022242e-1f;
+  p = p * f + 6.9314700e-1f;
+  p = p * f + 1.f;
   Vector<float> result = bit_cast_vector<Vector<float>>(bit_cast_vector<Int>(p) + exponent);
   return x <= -127.f ? Vector<float>{} : result;
 }
@@ -177,10 +181,21 @@ inline Vector<double> exp2_vector(Vector<double> x) {
   return result;
 }
 
-template <class T>
-inline Vector<T> tanh_vector(Vector<T> x) {
-  Vector<T> result;
-  for (int i = 0; i < kLanes<T>; i++) result[i] = std::tanh(x[i]);
+// An odd polynomial near zero (coefficients of the Cephes library), 1 - 2 / (1 + e^2|x|) elsewhere.
+inline Vector<float> tanh_vector(Vector<float> x) {
+  Vector<float> magnitude = x < 0.f ? -x : x, z = x * x;
+  Vector<float> p = -5.70498872745e-3f * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  Vector<float> near_zero = x + x * z * p;
+  Vector<float> far = 1.f - 2.f / (1.f + exp2_vector(magnitude * 2.8853900817779268f));
+  return magnitude < 0.625f ? near_zero : (x < 0.f ? -far : far);
+}
+
+inline Vector<double> tanh_vector(Vector<double> x) {
+  Vector<double> result;
+  for (int i = 0; i < kLanes<double>; i++) result[i] = std::tanh(x[i]);
   return result;
 }
 

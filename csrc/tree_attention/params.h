@@ -20,8 +20,8 @@ struct TreeAttentionParams {
   Tensor sinks;         // [Hq], float32; may be absent
   Tensor k_scale;       // [1] or [Hk], float32; present when the caches are quantised
   Tensor v_scale;       // [1] or [Hk]
-  float scale;          // multiplies q·k
-  float softcap;        // 0: none
+  double scale;         // multiplies q·k
+  double softcap;       // 0: none
   int64_t window;       // 0: none; else keys with position(q) - position(k) < window are kept
 };
 
@@ -56,7 +56,7 @@ struct TreeVerifyTypicalParams {
   Tensor target_logits;  // [B, T, V]
   Tensor parents;        // [B, T]
   Tensor uniforms;       // [B, T + 1], float32; may be absent: the next token is the argmax
-  float temperature, epsilon, delta;
+  double temperature, epsilon, delta;
 };
 
 struct TreeVerifySamplingParams {

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+// Online softmax over key tiles, the core of every CPU attention kernel.
+//
+// Everything is computed transposed: vectors run along query rows, so scores, maxima and sums never need a horizontal reduction, and the keys of a
+// tile are read from the cache as they lie. For a block of query rows:
+//   scores[key, row] = keys[key, :] · queries[:, row]         queries are packed once
+//   out[channel, row] += values^T[channel, :] · weights[:, row]
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "core/tensor.h"
+#include "cpu/matmul.h"
+#include "cpu/parallel.h"
+
+namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
+
+inline constexpr int kKeyTile = 128;   // keys that share one pass over the query rows
+inline constexpr int kRowBlock = 64;   // query rows whose scores and outputs stay in cache together
+inline constexpr int kRowAlign = 16;
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// How a query dtype is multiplied. Pairs need K in whole 32s: the tile unit eats that many at once.
+template <class Query>
+struct Arithmetic {
+  using Element = float;
+  using Unit = float;
+  static constexpr int kPack = 1, kChannelAlign = 1, kKeyAlign = 1;
+};
+template <>
+struct Arithmetic<double> {
+  using Element = double;
+  using Unit = double;
+  static constexpr int kPack = 1, kChannelAlign = 1, kKeyAlign = 1;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Arithmetic<BFloat16> {
+  using Element = BFloat16;
+  using Unit = Pair;
+  static constexpr int kPack = 2, kChannelAlign = 32, kKeyAlign = 32;
+};
+#endif
+
+// Rows of keys or values of one head, found by slot: contiguous in a cache, scattered over pages, or the tree's own.
+struct RowSource {
+  Tensor tensor;       // [B, S, H, D] or pages [P, page, H, D]
+  Tensor block_table;  // [B, pages] or absent
+  int64_t batch, head;
+
+  template <class T>
+  const T* row(int64_t slot) const {
+    if (!block_table) return tensor.at<const T>(batch, slot, head);
+    int64_t page_size = tensor.size[1];
+    int64_t page = std::clamp<int64_t>(block_table.index(batch, slot / page_size), 0, tensor.size[0] - 1);
+    return tensor.at<const T>(page, slot % page_size, head);
+  }
+
+  // Whether slots [first, first + count) are evenly spaced in memory.
+  bool regular(int64_t first, int count) const { return !block_table || first % tensor.size[1] + count <= tensor.size[1]; }
+};
+
+// A tile's rows as matrix elements: in place when the cache already holds them so, else gathered and zero-padded into `space`.
+template <class Element>
+struct Rows {
+  const Element* data;
+  int64_t stride;
+};
+
+template <class Stored, class Element>
+Rows<Element> gather_stored(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* space) {
+  if constexpr (std::is_same_v<Stored, Element>) {
+    if (count == padded_count && width == padded_width && source.tensor.stride[3] == 1 && source.tensor.stride[1] % 2 == 0 &&
+        source.regular(first, count))
+      return {source.row<Element>(first), source.tensor.stride[1]};
+  }
+  for (int i = 0; i < count; i++) {
+    const Stored* row = source.row<Stored>(first + i);
+    Element* to = space + int64_t(i) * padded_width;
+    if (source.tensor.stride[3] == 1) {
+      convert(row, to, width);
+    } else {
+      for (int c = 0; c < width; c++) convert(row + c * source.tensor.stride[3], to + c, 1);
+    }
+    std::fill(to + width, to + padded_width, Element{});
+  }
+  std::fill(space + int64_t(count) * padded_width, space + int64_t(padded_count) * padded_width, Element{});
+  return {space, padded_width};
+}
+
+template <class Element>
+Rows<Element> gather(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* space) {
+  auto as = [&]<class Stored>(Stored) { return gather_stored<Stored>(source, first, count, padded_count, width, padded_width, space); };
+  switch (source.tensor.dtype) {
+    case DType::float64: return as(double{});
+    case DType::float16: return as(Half{});
+    case DType::bfloat16: return as(BFloat16{});
+    case DType::int8: return as(int8_t{});
+    case DType::float8_e4m3: return as(Float8E4M3{});
+    default: return as(float{});
+  }
+}
+
+// Which query rows see a key of a tile: a vector of lane masks for rows [row, row + lanes).
+struct EverythingVisible {
+  static constexpr bool kMasks = false;
+};
+
+template <class Real>
+using MaskOf = decltype(Vector<Real>{} == Vector<Real>{});
+
+// Row r sees the keys from first_visible[r] on (counted within the tile).
+struct VisibleFrom {
+  static constexpr bool kMasks = true;
+  const int32_t* first_visible;
+
+  bool sees(int key, int row) const { return key >= first_visible[row]; }
+  template <class Real>
+  MaskOf<Real> lanes(int key, int row) const {
+    MaskOf<Real> first;
+    for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
+    return key >= first;
+  }
+};
+
+// Row r sees key k if bit r of the key's bit row is set.
+struct VisibleBits {
+  static constexpr bool kMasks = true;
+  const uint64_t* bits;  // [keys, words]
+  int64_t words;
+
+  uint64_t word(int key, int row) const { return bits[key * words + row / 64] >> (row % 64); }
+  bool sees(int key, int row) const { return word(key, row) & 1; }
+  template <class Real>
+  MaskOf<Real> lanes(int key, int row) const {
+    MaskOf<Real> bit;
+    for (int i = 0; i < kLanes<Real>; i++) bit[i] = 1 << i;
+    uint64_t rows = word(key, row);
+    return (bit & int(rows & 0xffff)) != 0;
+  }
+};
+
+// The running softmax of `rows` query rows of one key/value head.
+template <class Query>
+struct SoftmaxRows {
+  using Element = typename Arithmetic<Query>::Element;
+  using Unit = typename Arithmetic<Query>::Unit;
+  using Real = AccumulatorOf<Unit>;
+  static constexpr int kPack = Arithmetic<Query>::kPack, kLane = kLanes<Real>;
+  static constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  // The running maximum moves only when a score passes it by this factor (in powers of two), which spares rescaling the output.
+  static constexpr Real kSlack = 8;
+
+  int rows, padded_rows, channels, padded_channels, value_channels, padded_value_channels;
+  Unit* queries;  // [row block][padded_channels / kPack][block rows]
+  Real* out;      // [row block][padded_value_channels][block rows]
+  Real* maximum;  // [padded_rows], in powers of two
+  Real* sum;      // [padded_rows]
+  Real* scores;   // [kKeyTile][kRowBlock], later the weights when a unit is one Real
+  Unit* weights;  // [kKeyTile / kPack][kRowBlock]
+  Element* key_space;
+  Element* value_space;
+  Element* value_transposed;  // [padded_value_channels][kKeyTile]
+
+  SoftmaxRows(int rows, int channels, int value_channels)
+      : rows(rows),
+        padded_rows(int(round_up(rows, kRowAlign))),
+        channels(channels),
+        padded_channels(int(round_up(channels, Arithmetic<Query>::kChannelAlign))),
+        value_channels(value_channels),
+        padded_value_channels(int(round_up(value_channels, kPack > 1 ? 16 : 1))) {}
+
+  int64_t state_size() const { return int64_t(padded_rows) * (padded_value_channels + 2); }
+
+  int64_t queries_size() const { return int64_t(padded_rows) * padded_channels / kPack; }
+
+  // The state is what survives the tiles: out, maximum and sum.
+  void use_state(Real* state) {
+    out = state;
+    maximum = out + int64_t(padded_rows) * padded_value_channels;
+    sum = maximum + padded_rows;
+  }
+
+  void take(Scratch& scratch) {
+    scores = scratch.take<Real>(kKeyTile * kRowBlock);
+    weights = kPack > 1 ? scratch.take<Unit>(kKeyTile / kPack * kRowBlock) : nullptr;
+    key_space = scratch.take<Element>(int64_t(kKeyTile) * padded_channels);
+    value_space = scratch.take<Element>(int64_t(kKeyTile) * padded_value_channels);
+    value_transposed = kPack > 1 ? scratch.take<Element>(int64_t(kKeyTile) * padded_value_channels) : nullptr;
+  }
+
+  void scale_output(Real factor) {
+    for (int64_t i = 0; i < int64_t(padded_rows) * padded_value_channels; i++) out[i] *= factor;
+  }
+
+  int block_rows(int block) const { return std::min(kRowBlock, padded_rows - block); }
+
+  void reset() {
+    std::fill(out, out + int64_t(padded_rows) * padded_value_channels, Real(0));
+    std::fill(maximum, maximum + padded_rows, -kInfinity);
+    std::fill(sum, sum + padded_rows, Real(0));
+  }
+
+  // row(r) points at query row r, whose channels are `stride` apart.
+  template <class RowPointer>
+  void pack_queries(const RowPointer& row, int64_t stride) {
+    Element* packed = reinterpret_cast<Element*>(queries);
+    std::fill(packed, packed + int64_t(padded_rows) * padded_channels, Element{});
+    for (int r = 0; r < rows; r++) {
+      int block = r / kRowBlock * kRowBlock, width = block_rows(block);
+      const Query* from = row(r);
+      Element* to = packed + int64_t(block) * padded_channels + (r - block) * kPack;
+      for (int c = 0; c < channels; c++) convert(from + c * stride, to + (c / kPack * int64_t(width)) * kPack + c % kPack, 1);
+    }
+  }
+
+  // Adds keys [first, first + count) to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
+  template <class Visible>
+  void absorb(const RowSource& keys, const RowSource& values, int64_t first, int count, Real scale, Real softcap, const Visible& visible) {
+    int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
+    Rows<Element> k = gather<Element>(keys, first, count, padded_count, channels, padded_channels, key_space);
+    Rows<Element> v = gather<Element>(values, first, count, padded_count, value_channels, padded_value_channels, value_space);
+    nonfinite.clear();
+    if constexpr (Visible::kMasks) v = keep_finite(v, count, padded_count);
+    if constexpr (kPack > 1) {
+      transpose(v.data, v.stride, value_transposed, kKeyTile, padded_count, padded_value_channels);
+    }
+    for (int block = 0; block < padded_rows; block += kRowBlock) {
+      int width = block_rows(block);
+      matmul<false>(reinterpret_cast<const Unit*>(k.data), k.stride / kPack, 1, queries + int64_t(block) * padded_channels / kPack, width, scores,
+                    width, padded_count, width, padded_channels / kPack);
+      softmax(block, width, count, padded_count, scale, softcap, visible);
+      Real* block_out = out + int64_t(block) * padded_value_channels;
+      if constexpr (kPack > 1) {
+        matmul<true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, 1, weights, width, block_out, width,
+                     padded_value_channels, width, padded_count / kPack);
+      } else {
+        matmul<true>(v.data, 1, v.stride, scores, width, block_out, width, padded_value_channels, width, padded_count);
+      }
+      if constexpr (Visible::kMasks) {
+        for (auto [key, channel, value] : nonfinite)
+          for (int r = 0; r < width; r++)
+            if (visible.sees(key, block + r)) block_out[channel * width + r] += value;
+      }
+    }
+  }
+
+  // Turns the block's scores into weights 2^(score - maximum) and moves its maximum, sum and output along.
+  template <class Visible>
+  void softmax(int block, int width, int count, int padded_count, Real scale, Real softcap, const Visible& visible) {
+    bool rewrite = softcap > 0 || scale <= 0;
+    Real to_log2 = (softcap > 0 ? softcap : scale <= 0 ? Real(1) : scale) * Real(1.4426950408889634);
+    for (int c = 0; c < width; c += kLane) {
+      Vector<Real> highest = broadcast(-kInfinity);
+      for (int key = 0; key < count; key++) {
+        Real* at = scores + key * width + c;
+        Vector<Real> s = load(at);
+        if (rewrite) s = softcap > 0 ? tanh_vector(s * (scale / softcap)) : s * scale;
+        if constexpr (Visible::kMasks) s = visible.template lanes<Real>(key, block + c) ? s : broadcast(-kInfinity);
+        if (rewrite || Visible::kMasks) store(at, s);
+        highest = maximum_of(highest, s);
+      }
+      Vector<Real> before = load(maximum + block + c), after = highest * to_log2;
+      after = after > before + kSlack ? after : before;
+      Vector<Real> base = after == -kInfinity ? Vector<Real>{} : after;
+      Vector<Real> total = load(sum + block + c);
+      if (any(after != before)) {
+        Vector<Real> factor = exp2_vector(before - base);
+        total *= factor;
+        Real* column = out + int64_t(block) * padded_value_channels + c;
+        for (int d = 0; d < padded_value_channels; d++) store(column + d * width, load(column + d * width) * factor);
+        store(maximum + block + c, after);
+      }
+      auto weight = [&](int key) {
+        Vector<Real> w = exp2_vector(load(scores + key * width + c) * to_log2 - base);
+        total += w;
+        return w;
+      };
+      if constexpr (kPack == 1) {
+        for (int key = 0; key < count; key++) store(scores + key * width + c, weight(key));
+      } else {
+        auto put = [&](int key, Vector<Real> low, Vector<Real> high) { store_pairs(weights + key / 2 * width + c, low, high); };
+        int key = 0;
+        for (; key + 2 <= count; key += 2) {
+          Vector<Real> low = weight(key), high = weight(key + 1);
+          put(key, low, high);
+        }
+        if (key < count) put(key, weight(key), Vector<Real>{}), key += 2;
+        for (; key < padded_count; key += 2) put(key, Vector<Real>{}, Vector<Real>{});
+      }
+      store(sum + block + c, total);
+    }
+  }
+
+  static Vector<Real> maximum_of(Vector<Real> a, Vector<Real> b) { return a > b ? a : b; }
+
+  static bool any(MaskOf<Real> mask) {
+    uint64_t words[kVectorBytes / 8], all = 0;
+    std::memcpy(words, &mask, sizeof words);
+    for (uint64_t word : words) all |= word;
+    return all != 0;
+  }
+
+  // Non-negative floats to bfloat16 pairs (low, high), half away from zero.
+  static void store_pairs(Pair* to, Vector<float> low, Vector<float> high) {
+    using Bits = Vector<uint32_t>;
+    Bits l = bit_cast_vector<Bits>(low) + 0x8000u, h = bit_cast_vector<Bits>(high) + 0x8000u;
+    Bits both = (l >> 16) | (h & 0xffff0000u);
+    std::memcpy(to, &both, sizeof both);
+  }
+  static void store_pairs(float*, Vector<float>, Vector<float>) {}
+  static void store_pairs(double*, Vector<double>, Vector<double>) {}
+
+  // A weight of zero must hide a value even if that is NaN or infinite. So under a mask such values leave the product, and absorb() adds them
+  // one by one to the rows that see them.
+  Rows<Element> keep_finite(Rows<Element> v, int count, int padded_count) {
+    bool all = true;
+    for (int key = 0; key < count; key++)
+      for (int c = 0; c < value_channels; c++) all &= is_finite(v.data[key * v.stride + c]);
+    if (all) return v;
+    for (int key = 0; key < padded_count; key++)
+      for (int c = 0; c < padded_value_channels; c++) {
+        Element x = v.data[key * v.stride + c];
+        if (!is_finite(x)) nonfinite.push_back({key, c, Real(to_float(x))});
+        value_space[int64_t(key) * padded_value_channels + c] = is_finite(x) ? x : Element{};
+      }
+    return {value_space, padded_value_channels};
+  }
+
+  struct NonfiniteValue { int key, channel; Real value; };
+  std::vector<NonfiniteValue> nonfinite;
+};
+
+}  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

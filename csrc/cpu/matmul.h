@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// C[M, N] = A[M, K] · B[K, N], or C += with `accumulate`: the one matrix product of the CPU attention kernels. Small operands, all in cache.
+//
+// A `Unit` is what one multiply-add consumes: a float, a double, or a pair of bfloat16 neighbours along K (dot products of pairs, accumulated in
+// float). A is row-major in units with any strides; B is packed [K, N] in units, so vectors run along N; C is row-major float or double.
+#pragma once
+#include "cpu/simd.h"
+
+namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
+
+struct Pair { BFloat16 low, high; };
+
+#if defined(__AVX512BF16__)
+inline constexpr bool kHasPairs = true;
+inline Vector<float> multiply_add(Pair a, Vector<float> b, Vector<float> c) {
+  __m512i both = _mm512_set1_epi32(std::bit_cast<int>(a));
+  return Vector<float>(_mm512_dpbf16_ps(__m512(c), std::bit_cast<__m512bh>(both), std::bit_cast<__m512bh>(b)));
+}
+#else
+inline constexpr bool kHasPairs = false;
+#endif
+inline Vector<float> multiply_add(float a, Vector<float> b, Vector<float> c) { return a * b + c; }
+inline Vector<double> multiply_add(double a, Vector<double> b, Vector<double> c) { return a * b + c; }
+
+template <class Unit>
+using AccumulatorOf = std::conditional_t<std::is_same_v<Unit, double>, double, float>;
+
+#if defined(__AVX512F__)
+inline constexpr int kTileM = 8, kTileN = 2;  // accumulators of the register tile: rows, vectors
+#elif defined(__AVX__)
+inline constexpr int kTileM = 4, kTileN = 2;
+#else
+inline constexpr int kTileM = 2, kTileN = 4;
+#endif
+
+template <bool accumulate, int Rows, int Vectors, class Unit>
+inline void matmul_tile(const Unit* a, int64_t a_row, int64_t a_column, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int k) {
+  using Accumulator = AccumulatorOf<Unit>;
+  constexpr int lanes = kLanes<Accumulator>;
+  Vector<Accumulator> sum[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vector<Accumulator>{};
+  for (int p = 0; p < k; p++) {
+    Vector<Accumulator> row[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; j++) std::memcpy(&row[j], b + p * ldb + j * lanes, sizeof row[j]);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; i++) {
+      Unit value = a[i * a_row + p * a_column];
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; j++) sum[i][j] = multiply_add(value, row[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; j++) store(c + i * ldc + j * lanes, sum[i][j]);
+}
+
+// N is a multiple of 16 elements; k counts units; a_column is the distance between neighbours along K.
+template <bool accumulate, class Unit>
+inline void matmul(const Unit* a, int64_t a_row, int64_t a_column, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int m, int n, int k) {
+  constexpr int lanes = kLanes<AccumulatorOf<Unit>>;
+  auto columns = [&]<int Vectors>(int j) {
+    int i = 0;
+    for (; i + kTileM <= m; i += kTileM)
+      matmul_tile<accumulate, kTileM, Vectors>(a + i * a_row, a_row, a_column, b + j, ldb, c + i * ldc + j, ldc, k);
+    for (; i < m; i++) matmul_tile<accumulate, 1, Vectors>(a + i * a_row, a_row, a_column, b + j, ldb, c + i * ldc + j, ldc, k);
+  };
+  int j = 0;
+  for (; j + kTileN * lanes <= n; j += kTileN * lanes) columns.template operator()<kTileN>(j);
+  for (; j < n; j += lanes) columns.template operator()<1>(j);
+}
+
+#if defined(__AMX_TILE__)
+// The tile unit multiplies 16x32 by 32x16 bfloat16 at once. Needs m % 16 == 0, k % 16 == 0 (pairs) and a_column == 1.
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Holds this thread's tile registers while it multiplies.
+struct MatmulSession {
+  MatmulSession() {
+    static const TileConfiguration configuration;
+    _tile_loadconfig(&configuration);
+  }
+  ~MatmulSession() { _tile_release(); }
+};
+
+template <bool accumulate, int Rows, int Columns>
+inline void matmul_amx_tile(const Pair* a, int64_t a_row, const Pair* b, int64_t ldb, float* c, int64_t ldc, int k) {
+  if constexpr (accumulate) {
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (Columns == 2) _tile_loadd(1, c + 16, ldc * 4);
+    if constexpr (Rows == 2) _tile_loadd(2, c + 16 * ldc, ldc * 4);
+    if constexpr (Rows == 2 && Columns == 2) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int p = 0; p < k; p += 16) {
+    _tile_loadd(4, a + p, a_row * 4);
+    _tile_loadd(6, b + p * ldb, ldb * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Columns == 2) {
+      _tile_loadd(7, b + p * ldb + 16, ldb * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Rows == 2) {
+      _tile_loadd(5, a + 16 * a_row + p, a_row * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (Columns == 2) _tile_stored(1, c + 16, ldc * 4);
+  if constexpr (Rows == 2) _tile_stored(2, c + 16 * ldc, ldc * 4);
+  if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
+
+template <bool accumulate>
+inline void matmul(const Pair* a, int64_t a_row, int64_t, const Pair* b, int64_t ldb, float* c, int64_t ldc, int m, int n, int k) {
+  auto columns = [&]<int Columns>(int j) {
+    int i = 0;
+    for (; i + 32 <= m; i += 32) matmul_amx_tile<accumulate, 2, Columns>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
+    if (i < m) matmul_amx_tile<accumulate, 1, Columns>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
+  };
+  int j = 0;
+  for (; j + 32 <= n; j += 32) columns.template operator()<2>(j);
+  if (j < n) columns.template operator()<1>(j);
+}
+#else
+struct MatmulSession {};
+#endif
+
+// to[c, r] = from[r, c] for bfloat16: the values of a key tile, whose keys become the K dimension. rows % 32 == 0, columns % 16 == 0.
+#if defined(__AVX512F__)
+inline void transpose(const BFloat16* from, int64_t from_row, BFloat16* to, int64_t to_row, int rows, int columns) {
+  using Int = Vector<int32_t>;
+  for (int r = 0; r < rows; r += 32)
+    for (int c = 0; c < columns; c += 16) {
+      Int x[16], y[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) {  // x[i][j] = the pair (row 2i, row 2i+1) of column j
+        const BFloat16* row = from + (r + 2 * i) * from_row + c;
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+        __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + from_row)));
+        x[i] = Int(low) | Int(high) << 16;
+      }
+      // A 16x16 transpose in four rounds; each exchanges blocks of 1, 2, 4 and 8.
+#pragma GCC unroll 8
+      for (int i = 0; i < 16; i += 2) {
+        y[i] = Int(_mm512_unpacklo_epi32(__m512i(x[i]), __m512i(x[i + 1])));
+        y[i + 1] = Int(_mm512_unpackhi_epi32(__m512i(x[i]), __m512i(x[i + 1])));
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+          x[i + 2 * j] = Int(_mm512_unpacklo_epi64(__m512i(y[i + j]), __m512i(y[i + j + 2])));
+          x[i + 2 * j + 1] = Int(_mm512_unpackhi_epi64(__m512i(y[i + j]), __m512i(y[i + j + 2])));
+        }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        y[j] = Int(_mm512_shuffle_i32x4(__m512i(x[j]), __m512i(x[j + 4]), 0x88));
+        y[j + 4] = Int(_mm512_shuffle_i32x4(__m512i(x[j]), __m512i(x[j + 4]), 0xdd));
+        y[j + 8] = Int(_mm512_shuffle_i32x4(__m512i(x[j + 8]), __m512i(x[j + 12]), 0x88));
+        y[j + 12] = Int(_mm512_shuffle_i32x4(__m512i(x[j + 8]), __m512i(x[j + 12]), 0xdd));
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        auto put = [&](int column, Int v) { std::memcpy(to + (c + column) * to_row + r, &v, sizeof v); };
+        put(j, Int(_mm512_shuffle_i32x4(__m512i(y[j]), __m512i(y[j + 8]), 0x88)));
+        put(j + 8, Int(_mm512_shuffle_i32x4(__m512i(y[j]), __m512i(y[j + 8]), 0xdd)));
+        put(j + 4, Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0x88)));
+        put(j + 12, Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0xdd)));
+      }
+    }
+}
+#endif
+
+}  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

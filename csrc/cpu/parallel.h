@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Threads are OpenMP's: the pool that torch loaded, as many as torch.set_num_threads asks for.
+#pragma once
+#include <omp.h>
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <new>
+
+namespace torch_kernels::cpu {
+
+// Runs body(i) for i in [0, n), each once; the first exception is rethrown. Work is handed out as threads become free, so a result must not
+// depend on which thread computed it.
+template <class Body>
+void parallel_for(int64_t n, const Body& body) {
+  if (n <= 1 || omp_get_max_threads() == 1 || omp_in_parallel()) {
+    for (int64_t i = 0; i < n; i++) body(i);
+    return;
+  }
+  std::exception_ptr error;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; i++) {
+    try {
+      body(i);
+    } catch (...) {
+#pragma omp critical
+      if (!error) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+// Hands out uninitialised, 64-byte aligned pieces of a block of memory.
+class Scratch {
+ public:
+  // Memory that outlives a call, so that repeated calls do not fault in fresh pages; usually `static thread_local`.
+  class Block {
+   public:
+    char* reserve(int64_t bytes) {
+      if (bytes > capacity_) {
+        memory_.reset();
+        memory_.reset(static_cast<char*>(::operator new(size_t(bytes), kAlignment)));
+        capacity_ = bytes;
+      }
+      return memory_.get();
+    }
+
+   private:
+    struct Release {
+      void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+    };
+    std::unique_ptr<char, Release> memory_;
+    int64_t capacity_ = 0;
+  };
+
+  // Calls takes(scratch) twice: to add up the sizes, then to hand out the memory.
+  template <class Takes>
+  static void plan(Block& block, const Takes& takes) {
+    Scratch sizes, scratch;
+    takes(sizes);
+    scratch.memory_ = block.reserve(sizes.used_);
+    takes(scratch);
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = memory_ + used_;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(piece);
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  char* memory_ = nullptr;
+  int64_t used_ = 0;
+};
+
+}  // namespace torch_kernels::cpu

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for the parts of language models that dense attention and 16-bit GEMM do not cover.
+
+Every op exists twice under one name: as ``torch.ops.kernels.<op>`` and as ``torch_kernels.<op>``, which carries the
+documentation and, where the op has them, gradients.
+"""
+
+from torch_kernels import trees
+from torch_kernels._registry import SlowPathWarning, set_validation, use_backend
+from torch_kernels.tree_attention import (
+    merge_attention_states,
+    tree_attention,
+    tree_commit_kv_,
+    tree_compact_kv_,
+    tree_mask,
+    tree_positions,
+    tree_verify_greedy,
+    tree_verify_sampling,
+    tree_verify_typical,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SlowPathWarning",
+    "merge_attention_states",
+    "set_validation",
+    "tree_attention",
+    "tree_commit_kv_",
+    "tree_compact_kv_",
+    "tree_mask",
+    "tree_positions",
+    "tree_verify_greedy",
+    "tree_verify_sampling",
+    "tree_verify_typical",
+    "trees",
+    "use_backend",
+]

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where ops meet torch and backends.
+
+An :class:`Op` is declared once, in its family's ``op.py``: schema, checks, outputs, and the backends that serve it in
+order of preference. From that this module registers the op with torch for every device, its fake, and decides which
+backend runs a call. The checks of a call run once per signature (dtypes, devices, sizes, strides, scalars): their
+outcome is remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_kernels import _native
+
+_library = torch.library.Library("kernels", "FRAGMENT")
+
+OPS: dict[str, Op] = {}
+
+
+class SlowPathWarning(UserWarning):
+    """A call is served by the PyTorch reference because no compiled kernel serves it."""
+
+
+class _State:
+    forced: str | None = os.environ.get("TORCH_KERNELS_BACKEND") or None
+    validate: bool = False
+
+
+def set_validation(enabled: bool) -> None:
+    """Whether values inside index tensors are checked on CUDA too (this synchronises). On the CPU they always are."""
+    _State.validate = enabled
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context every call runs on the named backend, or raises ValueError if that cannot serve it.
+
+    Backends: ``cpu``, ``cuda``, ``triton``, ``reference``; in builds made for tests also ``emulator``.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    before, _State.forced = _State.forced, name
+    try:
+        yield
+    finally:
+        _State.forced = before
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    ``load()`` returns the function to call with outputs first, then every argument of the schema in order; the
+    reference returns fresh outputs instead.
+    """
+
+    name: str
+    load: Callable[[], Callable[..., Any]]
+    dtypes: tuple[torch.dtype, ...]
+    note: str = ""  # for the support matrix
+
+
+# Which devices a backend serves, and what it lacks on this machine (None: nothing).
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+def interpreting_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device of this machine, or None if it can."""
+    if backend == "cpu":
+        return None if device.type == "cpu" else "it serves CPU tensors only"
+    if backend == "cuda":
+        return "it serves CUDA tensors only" if device.type != "cuda" else _native.cuda_missing()
+    if backend == "triton":
+        if device.type == "cpu" and not interpreting_triton():
+            return "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+        return _triton_missing()
+    if backend == "emulator":
+        if device.type != "cpu":
+            return "it serves CPU tensors only"
+        return None if _native.emulator() else "this build has no emulator module"
+    return None
+
+
+BACKENDS = ("cpu", "cuda", "triton", "reference", "emulator")
+
+
+def native(backend: str, op: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        module = {"cpu": lambda: _native.cpu, "cuda": _native.cuda, "emulator": _native.emulator}[backend]()
+        return getattr(module, op)
+
+    return load
+
+
+@dataclass(eq=False)
+class Op:
+    """An op of the library.
+
+    ``check(*args)`` raises ValueError or TypeError; ``allocate(*args)`` makes the outputs (a tuple); ``validate(*args)``
+    raises if values inside index tensors are impossible. All three get every argument of the schema in order. The last
+    must work on any device; it is called on the CPU always, on CUDA under :func:`set_validation`.
+    """
+
+    schema: str
+    check: Callable[..., None]
+    allocate: Callable[..., tuple[Tensor, ...]]
+    backends: Sequence[Backend]
+    validate: Callable[..., None] | None = None
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.schema.partition("(")[0]
+        _library.define(self.schema)
+        arguments = torch._C.parse_schema(f"kernels::{self.schema}").arguments
+        self._names = [a.name for a in arguments]
+        self._defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
+        self._plans: dict[tuple[bytes, str | None], Callable[..., Any]] = {}
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, self._run, key)
+        torch.library.register_fake(f"kernels::{self.name}", self._fake, lib=_library)
+        self._overload = getattr(torch.ops.kernels, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._overload(*args, **kwargs)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments in schema order: torch leaves out keyword arguments that equal their default."""
+        return (*args, *(self._defaults | kwargs).values())
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        args = self._bind(args, kwargs)
+        if torch.is_grad_enabled():
+            self._refuse_gradients(args)
+        key = (_native.cpu.signature(args), _State.forced)
+        plan = self._plans.get(key) or self._plan(key, args)
+        return plan(args)
+
+    def _fake(self, *args: Any, **kwargs: Any) -> Any:
+        args = self._bind(args, kwargs)
+        if torch.is_grad_enabled():
+            self._refuse_gradients(args)
+        self.check(*args)
+        return _result(self.allocate(*args))
+
+    def _refuse_gradients(self, args: tuple[Any, ...]) -> None:
+        for name, value in zip(self._names, args):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(f"{self.name}: {name} requires grad, but this op has no gradient; use torch.no_grad()")
+
+    def _plan(self, key: tuple[bytes, str | None], args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any]:
+        self.check(*args)
+        backend = self.backend_for(*args)
+        kernel, allocate, validate = backend.load(), self.allocate, self.validate
+        on_cpu = args[0].device.type == "cpu"
+
+        returns_outputs = backend.name == "reference"
+
+        def plan(args: tuple[Any, ...]) -> Any:
+            if validate and (on_cpu or _State.validate):
+                validate(*args)
+            if returns_outputs:
+                return kernel(*args)
+            outputs = allocate(*args)
+            kernel(*outputs, *args)
+            return _result(outputs)
+
+        if len(self._plans) >= 4096:  # shapes that never repeat must not pile up
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
+
+    def backend_for(self, *args: Any) -> Backend:
+        """The backend that serves a call with these arguments."""
+        reasons = {}
+        for backend in self.backends:
+            if backend.name == "emulator" and _State.forced != "emulator":
+                continue
+            reason = _unavailable(backend.name, args[0].device) or self._unsupported(backend, args)
+            if _State.forced is not None and backend.name != _State.forced:
+                continue
+            if reason is None:
+                if backend.name == "reference" and _State.forced is None:
+                    why = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+                    warnings.warn(f"{self.name} runs on the slow PyTorch reference ({why})", SlowPathWarning, stacklevel=4)
+                return backend
+            reasons[backend.name] = reason
+        why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it does not implement the op"
+        raise ValueError(f"{self.name}: backend {_State.forced!r} cannot serve this call ({why})")
+
+    def _unsupported(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
+        floating = next((a.dtype for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point), None)
+        if floating is not None and floating not in backend.dtypes:
+            return f"no kernel for {str(floating).removeprefix('torch.')}"
+        if backend.name == "triton" and interpreting_triton() and floating is torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+        return None
+
+
+def _result(outputs: tuple[Tensor, ...]) -> Any:
+    return outputs[0] if len(outputs) == 1 else outputs or None
