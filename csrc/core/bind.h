@@ -60,9 +60,10 @@ inline DType dtype_from_name(const std::string& name) {
 
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };  // DLPack's numbers
 
-struct Borrowed {
-  Tensor tensor;
+// A tensor argument of a bound function; None gives an empty view.
+struct Argument : Tensor {
   int32_t device_type = kCpu, device_index = 0;
+  nb::handle object;  // borrowed from the caller for the length of the call
 };
 
 inline DlpackExchangeApi* exchange_api() {
@@ -81,48 +82,47 @@ inline DlpackExchangeApi* exchange_api() {
   return api;
 }
 
-inline Borrowed borrow_by_attributes(nb::handle object) {
-  Borrowed result;
+inline Argument borrow_by_attributes(nb::handle object) {
+  Argument result;
   nb::tuple sizes = nb::tuple(object.attr("shape")), strides = nb::tuple(object.attr("stride")());
   nb::object device = object.attr("device");
-  result.tensor.data = reinterpret_cast<void*>(nb::cast<intptr_t>(object.attr("data_ptr")()));
-  result.tensor.dtype = dtype_from_name(nb::str(object.attr("dtype")).c_str());
-  result.tensor.rank = int32_t(sizes.size());
-  for (int i = 0; i < result.tensor.rank && i < Tensor::kMaxRank; i++) {
-    result.tensor.size[i] = nb::cast<int64_t>(sizes[i]);
-    result.tensor.stride[i] = nb::cast<int64_t>(strides[i]);
+  result.data = reinterpret_cast<void*>(nb::cast<intptr_t>(object.attr("data_ptr")()));
+  result.dtype = dtype_from_name(nb::str(object.attr("dtype")).c_str());
+  result.rank = int32_t(sizes.size());
+  for (int i = 0; i < result.rank && i < Tensor::kMaxRank; i++) {
+    result.size[i] = nb::cast<int64_t>(sizes[i]);
+    result.stride[i] = nb::cast<int64_t>(strides[i]);
   }
   result.device_type = std::strcmp(nb::str(device.attr("type")).c_str(), "cpu") == 0 ? kCpu : kCuda;
   result.device_index = device.attr("index").is_none() ? 0 : nb::cast<int>(device.attr("index"));
   return result;
 }
 
-inline Borrowed borrow_by_exchange(nb::handle object) {
+inline Argument borrow_by_exchange(nb::handle object) {
   nb::dlpack::dltensor view;
   if (exchange_api()->borrow(object.ptr(), &view) != 0) throw nb::python_error();
-  Borrowed result;
-  result.tensor.data = static_cast<char*>(view.data) + view.byte_offset;
-  result.tensor.dtype = dtype_from_dlpack(view.dtype);
-  result.tensor.rank = view.ndim;
+  Argument result;
+  result.data = static_cast<char*>(view.data) + view.byte_offset;
+  result.dtype = dtype_from_dlpack(view.dtype);
+  result.rank = view.ndim;
   for (int i = 0; i < view.ndim && i < Tensor::kMaxRank; i++) {
-    result.tensor.size[i] = view.shape[i];
-    result.tensor.stride[i] = view.strides[i];
+    result.size[i] = view.shape[i];
+    result.stride[i] = view.strides[i];
   }
   result.device_type = view.device.device_type;
   result.device_index = view.device.device_id;
   return result;
 }
 
-inline Borrowed borrow(nb::handle object) {
+inline Argument borrow(nb::handle object) {
   if (object.is_none()) return {};
-  Borrowed result = exchange_api() ? borrow_by_exchange(object) : borrow_by_attributes(object);
-  require(result.tensor.rank <= Tensor::kMaxRank, "torch_kernels: a tensor has more than ", int(Tensor::kMaxRank), " dimensions");
+  Argument result = exchange_api() ? borrow_by_exchange(object) : borrow_by_attributes(object);
+  require(result.rank <= Tensor::kMaxRank, "torch_kernels: a tensor has more than ", int(Tensor::kMaxRank), " dimensions");
+  result.object = object;
   return result;
 }
 
-inline Tensor tensor(nb::handle object) { return borrow(object).tensor; }
-
-inline void* current_stream(const Borrowed& on) {
+inline void* current_stream(const Argument& on) {
   if (on.device_type == kCpu) return nullptr;
   if (!exchange_api())
     return reinterpret_cast<void*>(nb::cast<intptr_t>(nb::module_::import_("torch._C").attr("_cuda_getCurrentRawStream")(on.device_index)));
@@ -133,18 +133,34 @@ inline void* current_stream(const Borrowed& on) {
 
 // Calls a kernel where the tensor `on` lives, without the interpreter lock.
 template <class Params>
-void run(void (*kernel)(const Params&, const Context&), nb::handle on, const Params& params) {
-  Borrowed place = borrow(on);
+void run(void (*kernel)(const Params&, const Context&), const Argument& on, const Params& params) {
   std::vector<nb::object> workspaces;
-  Context context{place.device_index, current_stream(place), [&](int64_t bytes) {
+  Context context{on.device_index, current_stream(on), [&](int64_t bytes) {
                     nb::gil_scoped_acquire gil;
                     nb::object torch = nb::module_::import_("torch");
                     workspaces.push_back(
-                        torch.attr("empty")(bytes, nb::arg("dtype") = torch.attr("uint8"), nb::arg("device") = on.attr("device")));
-                    return tensor(workspaces.back()).data;
+                        torch.attr("empty")(bytes, nb::arg("dtype") = torch.attr("uint8"), nb::arg("device") = on.object.attr("device")));
+                    return borrow(workspaces.back()).data;
                   }};
   nb::gil_scoped_release unlocked;
   kernel(params, context);
 }
 
 }  // namespace torch_kernels
+
+namespace nanobind::detail {
+
+template <>
+struct type_caster<torch_kernels::Argument> {
+  NB_TYPE_CASTER(torch_kernels::Argument, const_name("torch.Tensor | None"))
+
+  bool from_python(handle source, uint8_t, cleanup_list*) {
+    value = torch_kernels::borrow(source);
+    return true;
+  }
+};
+
+template <>
+struct has_arg_defaults<torch_kernels::Argument> : std::true_type {};
+
+}  // namespace nanobind::detail

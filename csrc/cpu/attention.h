@@ -273,9 +273,10 @@ struct SoftmaxRows {
         for (int d = 0; d < padded_value_channels; d++) store(column + d * width, load(column + d * width) * factor);
         store(maximum + block + c, after);
       }
+      Vector<Real> tile_total{};
       auto weight = [&](int key) {
         Vector<Real> w = exp2_vector(load(scores + key * width + c) * to_log2 - base);
-        total += w;
+        tile_total += w;
         return w;
       };
       if constexpr (kPack == 1) {
@@ -290,7 +291,7 @@ struct SoftmaxRows {
         if (key < count) put(key, weight(key), Vector<Real>{}), key += 2;
         for (; key < padded_count; key += 2) put(key, Vector<Real>{}, Vector<Real>{});
       }
-      store(sum + block + c, total);
+      store(sum + block + c, total + tile_total);
     }
   }
 

@@ -24,10 +24,10 @@ nb::bytes signature(nb::tuple arguments) {
     } else if (PyUnicode_Check(object)) {
       key += nb::str(argument).c_str();
     } else {
-      Borrowed b = borrow(argument);
-      append('t', b.tensor.dtype, b.device_type, b.device_index, b.tensor.rank);
-      key.append(reinterpret_cast<const char*>(b.tensor.size), sizeof(int64_t) * b.tensor.rank);
-      key.append(reinterpret_cast<const char*>(b.tensor.stride), sizeof(int64_t) * b.tensor.rank);
+      Argument b = borrow(argument);
+      append('t', b.dtype, b.device_type, b.device_index, b.rank);
+      key.append(reinterpret_cast<const char*>(b.size), sizeof(int64_t) * b.rank);
+      key.append(reinterpret_cast<const char*>(b.stride), sizeof(int64_t) * b.rank);
     }
   }
   return nb::bytes(key.data(), key.size());

@@ -211,7 +211,7 @@ class Forward {
         if (!sees_something) std::fill_n(transposed + i * rows.value_channels, rows.value_channels, Real(0));
         convert(transposed + i * rows.value_channels, p.out.at<Query>(at.b, node, head), rows.value_channels);
         *p.lse.at<float>(at.b, head, node) =
-            sees_something ? float((base[i] + std::log2(total[i])) * Real(0.69314718055994531)) : -std::numeric_limits<float>::infinity();
+            sees_something ? float(double(base[i]) * 0.69314718055994531 + std::log(double(total[i]))) : -std::numeric_limits<float>::infinity();
       }
     }
   }

@@ -5,8 +5,6 @@
 namespace torch_kernels {
 namespace {
 
-using nb::handle;
-
 // The caches of one call, as far as slots are concerned.
 struct Slots {
   const char* op;
@@ -26,8 +24,7 @@ struct Slots {
   }
 };
 
-void validate_parents(const char* op, handle parents_object) {
-  Tensor parents = tensor(parents_object);
+void validate_parents(const char* op, const Argument& parents) {
   for (int64_t b = 0; b < parents.size[0]; b++)
     for (int64_t t = 0; t < parents.size[1]; t++) {
       int64_t up = parents.index(b, t);
@@ -36,17 +33,15 @@ void validate_parents(const char* op, handle parents_object) {
     }
 }
 
-void validate_prefix(const char* op, handle cache, handle block_table, handle prefix_lens, int64_t tree_slots) {
-  Slots slots{op, tensor(cache), tensor(block_table)};
-  Tensor prefix = tensor(prefix_lens);
+void validate_prefix(const char* op, const Argument& cache, const Argument& block_table, const Argument& prefix, int64_t tree_slots) {
+  Slots slots{op, cache, block_table};
   for (int64_t b = 0; b < prefix.size[0]; b++) slots.require_prefix(b, prefix.index(b), prefix.index(b) + tree_slots);
 }
 
 // The path and the slots that moving it along reads and writes. `in_place`: the nodes are read from the cache.
-void validate_path(const char* op, handle cache, handle block_table, handle prefix_lens, handle path_object, handle num_accepted, int64_t nodes,
+void validate_path(const char* op, const Argument& cache, const Argument& block_table, const Argument& prefix, const Argument& path, const Argument& accepted, int64_t nodes,
                    bool in_place) {
-  Slots slots{op, tensor(cache), tensor(block_table)};
-  Tensor prefix = tensor(prefix_lens), path = tensor(path_object), accepted = tensor(num_accepted);
+  Slots slots{op, cache, block_table};
   for (int64_t b = 0; b < path.size[0]; b++) {
     require(prefix.index(b) >= 0, op, ": prefix_lens[", b, "] must not be negative, got ", prefix.index(b));
     if (path.size[1] == 0 || path.index(b, 0) == -1) continue;
