@@ -49,6 +49,7 @@ struct RowSource {
   Tensor tensor;       // [B, S, H, D] or pages [P, page, H, D]
   Tensor block_table;  // [B, pages] or absent
   int64_t batch, head;
+  int64_t slots;  // how many there are
 
   template <class T>
   const T* row(int64_t slot) const {
@@ -57,42 +58,33 @@ struct RowSource {
     int64_t page = std::clamp<int64_t>(block_table.index(batch, slot / page_size), 0, tensor.size[0] - 1);
     return tensor.at<const T>(page, slot % page_size, head);
   }
-
-  // Whether slots [first, first + count) are evenly spaced in memory.
-  bool regular(int64_t first, int count) const { return !block_table || first % tensor.size[1] + count <= tensor.size[1]; }
 };
 
-// A tile's rows as matrix elements: in place when the cache already holds them so, else gathered and zero-padded into `space`.
-template <class Element>
-struct Rows {
-  const Element* data;
-  int64_t stride;
-};
-
+// Copies a tile's rows to `to` as matrix elements, zero-padded. A copy is worth it even where none is needed: cache rows are often a large power
+// of two apart and would compete for the same few lines of the processor's caches.
 template <class Stored, class Element>
-Rows<Element> gather_stored(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* space) {
-  if constexpr (std::is_same_v<Stored, Element>) {
-    if (count == padded_count && width == padded_width && source.tensor.stride[3] == 1 && source.tensor.stride[1] % 2 == 0 &&
-        source.regular(first, count))
-      return {source.row<Element>(first), source.tensor.stride[1]};
-  }
-  for (int i = 0; i < count; i++) {
+void gather_stored(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* to, int64_t stride) {
+  int64_t step = source.tensor.stride[3];
+  int64_t bytes = width * int64_t(sizeof(Stored));
+  for (int i = 0; i < count; i++, to += stride) {
     const Stored* row = source.row<Stored>(first + i);
-    Element* to = space + int64_t(i) * padded_width;
-    if (source.tensor.stride[3] == 1) {
+    if (first + i + kKeyTile < source.slots) {  // on its way while this tile is computed
+      const char* next = reinterpret_cast<const char*>(source.row<Stored>(first + i + kKeyTile));
+      for (int64_t line = 0; line < bytes; line += 64) prefetch(next + line);
+    }
+    if (step == 1) {
       convert(row, to, width);
     } else {
-      for (int c = 0; c < width; c++) convert(row + c * source.tensor.stride[3], to + c, 1);
+      for (int c = 0; c < width; c++) convert(row + c * step, to + c, 1);
     }
-    std::fill(to + width, to + padded_width, Element{});
+    if (padded_width > width) std::fill(to + width, to + padded_width, Element{});
   }
-  std::fill(space + int64_t(count) * padded_width, space + int64_t(padded_count) * padded_width, Element{});
-  return {space, padded_width};
+  for (int i = count; i < padded_count; i++, to += stride) std::fill(to, to + padded_width, Element{});
 }
 
 template <class Element>
-Rows<Element> gather(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* space) {
-  auto as = [&]<class Stored>(Stored) { return gather_stored<Stored>(source, first, count, padded_count, width, padded_width, space); };
+void gather(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* to, int64_t stride) {
+  auto as = [&]<class Stored>(Stored) { gather_stored<Stored>(source, first, count, padded_count, width, padded_width, to, stride); };
   switch (source.tensor.dtype) {
     case DType::float64: return as(double{});
     case DType::float16: return as(Half{});
@@ -160,8 +152,8 @@ struct SoftmaxRows {
   Real* sum;      // [padded_rows]
   Real* scores;   // [kKeyTile][kRowBlock], later the weights when a unit is one Real
   Unit* weights;  // [kKeyTile / kPack][kRowBlock]
-  Element* key_space;
-  Element* value_space;
+  Element* key_tile;    // [kKeyTile][key_stride()]
+  Element* value_tile;  // [kKeyTile][value_stride()]
   Element* value_transposed;  // [padded_value_channels][kKeyTile]
 
   SoftmaxRows(int rows, int channels, int value_channels)
@@ -186,14 +178,18 @@ struct SoftmaxRows {
   void take(Scratch& scratch) {
     scores = scratch.take<Real>(kKeyTile * kRowBlock);
     weights = kPack > 1 ? scratch.take<Unit>(kKeyTile / kPack * kRowBlock) : nullptr;
-    key_space = scratch.take<Element>(int64_t(kKeyTile) * padded_channels);
-    value_space = scratch.take<Element>(int64_t(kKeyTile) * padded_value_channels);
+    key_tile = scratch.take<Element>(kKeyTile * key_stride());
+    value_tile = scratch.take<Element>(kKeyTile * value_stride());
     value_transposed = kPack > 1 ? scratch.take<Element>(int64_t(kKeyTile) * padded_value_channels) : nullptr;
   }
 
   void scale_output(Real factor) {
     for (int64_t i = 0; i < int64_t(padded_rows) * padded_value_channels; i++) out[i] *= factor;
   }
+
+  // One cache line beyond a row, so that neighbouring rows fall into different cache sets.
+  int64_t key_stride() const { return padded_channels + 64 / int64_t(sizeof(Element)); }
+  int64_t value_stride() const { return padded_value_channels + 64 / int64_t(sizeof(Element)); }
 
   int block_rows(int block) const { return std::min(kRowBlock, padded_rows - block); }
 
@@ -220,24 +216,22 @@ struct SoftmaxRows {
   template <class Visible>
   void absorb(const RowSource& keys, const RowSource& values, int64_t first, int count, Real scale, Real softcap, const Visible& visible) {
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
-    Rows<Element> k = gather<Element>(keys, first, count, padded_count, channels, padded_channels, key_space);
-    Rows<Element> v = gather<Element>(values, first, count, padded_count, value_channels, padded_value_channels, value_space);
+    gather(keys, first, count, padded_count, channels, padded_channels, key_tile, key_stride());
+    gather(values, first, count, padded_count, value_channels, padded_value_channels, value_tile, value_stride());
     nonfinite.clear();
-    if constexpr (Visible::kMasks) v = keep_finite(v, count, padded_count);
-    if constexpr (kPack > 1) {
-      transpose(v.data, v.stride, value_transposed, kKeyTile, padded_count, padded_value_channels);
-    }
+    if constexpr (Visible::kMasks) take_nonfinite(count);
+    if constexpr (kPack > 1) transpose(value_tile, value_stride(), value_transposed, kKeyTile, padded_count, padded_value_channels);
     for (int block = 0; block < padded_rows; block += kRowBlock) {
       int width = block_rows(block);
-      matmul<false>(reinterpret_cast<const Unit*>(k.data), k.stride / kPack, 1, queries + int64_t(block) * padded_channels / kPack, width, scores,
+      matmul<false, true>(reinterpret_cast<const Unit*>(key_tile), key_stride() / kPack, queries + int64_t(block) * padded_channels / kPack, width, scores,
                     width, padded_count, width, padded_channels / kPack);
       softmax(block, width, count, padded_count, scale, softcap, visible);
       Real* block_out = out + int64_t(block) * padded_value_channels;
       if constexpr (kPack > 1) {
-        matmul<true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, 1, weights, width, block_out, width,
+        matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, weights, width, block_out, width,
                      padded_value_channels, width, padded_count / kPack);
       } else {
-        matmul<true>(v.data, 1, v.stride, scores, width, block_out, width, padded_value_channels, width, padded_count);
+        matmul<true, false>(value_tile, value_stride(), scores, width, block_out, width, padded_value_channels, width, padded_count);
       }
       if constexpr (Visible::kMasks) {
         for (auto [key, channel, value] : nonfinite)
@@ -316,18 +310,14 @@ struct SoftmaxRows {
 
   // A weight of zero must hide a value even if that is NaN or infinite. So under a mask such values leave the product, and absorb() adds them
   // one by one to the rows that see them.
-  Rows<Element> keep_finite(Rows<Element> v, int count, int padded_count) {
-    bool all = true;
-    for (int key = 0; key < count; key++)
-      for (int c = 0; c < value_channels; c++) all &= is_finite(v.data[key * v.stride + c]);
-    if (all) return v;
-    for (int key = 0; key < padded_count; key++)
-      for (int c = 0; c < padded_value_channels; c++) {
-        Element x = v.data[key * v.stride + c];
-        if (!is_finite(x)) nonfinite.push_back({key, c, Real(to_float(x))});
-        value_space[int64_t(key) * padded_value_channels + c] = is_finite(x) ? x : Element{};
-      }
-    return {value_space, padded_value_channels};
+  void take_nonfinite(int count) {
+    for (int key = 0; key < count; key++) {
+      Element* row = value_tile + key * value_stride();
+      bool finite = true;
+      for (int c = 0; c < value_channels; c++) finite &= is_finite(row[c]);
+      for (int c = 0; !finite && c < value_channels; c++)
+        if (!is_finite(row[c])) nonfinite.push_back({key, c, Real(to_float(row[c]))}), row[c] = Element{};
+    }
   }
 
   struct NonfiniteValue { int key, channel; Real value; };

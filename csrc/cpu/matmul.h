@@ -33,8 +33,8 @@ inline constexpr int kTileM = 4, kTileN = 2;
 inline constexpr int kTileM = 2, kTileN = 4;
 #endif
 
-template <bool accumulate, int Rows, int Vectors, class Unit>
-inline void matmul_tile(const Unit* a, int64_t a_row, int64_t a_column, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int k) {
+template <bool accumulate, bool row_major, int Rows, int Vectors, class Unit>
+inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int k) {
   using Accumulator = AccumulatorOf<Unit>;
   constexpr int lanes = kLanes<Accumulator>;
   Vector<Accumulator> sum[Rows][Vectors];
@@ -42,40 +42,45 @@ inline void matmul_tile(const Unit* a, int64_t a_row, int64_t a_column, const Un
   for (int i = 0; i < Rows; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vector<Accumulator>{};
-  for (int p = 0; p < k; p++) {
+  auto step = [&](int64_t p) __attribute__((always_inline)) {
     Vector<Accumulator> row[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; j++) std::memcpy(&row[j], b + p * ldb + j * lanes, sizeof row[j]);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; i++) {
-      Unit value = a[i * a_row + p * a_column];
+      Unit value = row_major ? a[i * a_stride + p] : a[i + p * a_stride];
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; j++) sum[i][j] = multiply_add(value, row[j], sum[i][j]);
     }
-  }
+  };
+  int64_t p = 0;
+  for (; p + 4 <= k; p += 4) step(p), step(p + 1), step(p + 2), step(p + 3);
+  for (; p < k; p++) step(p);
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; j++) store(c + i * ldc + j * lanes, sum[i][j]);
 }
 
-// N is a multiple of 16 elements; k counts units; a_column is the distance between neighbours along K.
-template <bool accumulate, class Unit>
-inline void matmul(const Unit* a, int64_t a_row, int64_t a_column, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int m, int n, int k) {
+// N is a multiple of 16 elements; k counts units.
+template <bool accumulate, bool row_major, class Unit>
+inline void matmul(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int m, int n, int k) {
   constexpr int lanes = kLanes<AccumulatorOf<Unit>>;
-  auto columns = [&]<int Vectors>(int j) {
-    int i = 0;
-    for (; i + kTileM <= m; i += kTileM)
-      matmul_tile<accumulate, kTileM, Vectors>(a + i * a_row, a_row, a_column, b + j, ldb, c + i * ldc + j, ldc, k);
-    for (; i < m; i++) matmul_tile<accumulate, 1, Vectors>(a + i * a_row, a_row, a_column, b + j, ldb, c + i * ldc + j, ldc, k);
+  auto rows = [&]<int Rows>(int i) {
+    auto tile = [&]<int Vectors>(int j) {
+      matmul_tile<accumulate, row_major, Rows, Vectors>(row_major ? a + i * a_stride : a + i, a_stride, b + j, ldb, c + i * ldc + j, ldc, k);
+    };
+    int j = 0;
+    for (; j + kTileN * lanes <= n; j += kTileN * lanes) tile.template operator()<kTileN>(j);
+    for (; j < n; j += lanes) tile.template operator()<1>(j);
   };
-  int j = 0;
-  for (; j + kTileN * lanes <= n; j += kTileN * lanes) columns.template operator()<kTileN>(j);
-  for (; j < n; j += lanes) columns.template operator()<1>(j);
+  int i = 0;
+  for (; i + kTileM <= m; i += kTileM) rows.template operator()<kTileM>(i);
+  for (; i < m; i++) rows.template operator()<1>(i);
 }
 
 #if defined(__AMX_TILE__)
-// The tile unit multiplies 16x32 by 32x16 bfloat16 at once. Needs m % 16 == 0, k % 16 == 0 (pairs) and a_column == 1.
+// The tile unit multiplies 16x32 by 32x16 bfloat16 at once. Needs m % 16 == 0, k % 16 == 0 (pairs) and a row-major A.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -124,16 +129,16 @@ inline void matmul_amx_tile(const Pair* a, int64_t a_row, const Pair* b, int64_t
   if constexpr (Rows == 2 && Columns == 2) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-template <bool accumulate>
-inline void matmul(const Pair* a, int64_t a_row, int64_t, const Pair* b, int64_t ldb, float* c, int64_t ldc, int m, int n, int k) {
-  auto columns = [&]<int Columns>(int j) {
-    int i = 0;
-    for (; i + 32 <= m; i += 32) matmul_amx_tile<accumulate, 2, Columns>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
-    if (i < m) matmul_amx_tile<accumulate, 1, Columns>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
+template <bool accumulate, bool row_major>
+inline void matmul(const Pair* a, int64_t a_row, const Pair* b, int64_t ldb, float* c, int64_t ldc, int m, int n, int k) {
+  auto rows = [&]<int Rows>(int i) {
+    int j = 0;
+    for (; j + 32 <= n; j += 32) matmul_amx_tile<accumulate, Rows, 2>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
+    if (j < n) matmul_amx_tile<accumulate, Rows, 1>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
   };
-  int j = 0;
-  for (; j + 32 <= n; j += 32) columns.template operator()<2>(j);
-  if (j < n) columns.template operator()<1>(j);
+  int i = 0;
+  for (; i + 32 <= m; i += 32) rows.template operator()<2>(i);
+  if (i < m) rows.template operator()<1>(i);
 }
 #else
 struct MatmulSession {};

@@ -122,12 +122,10 @@ inline Float8E4M3 from_float<Float8E4M3>(double x) {
 // dst[0..n) = src[0..n) in another format; both contiguous.
 template <class To, class From>
 inline void convert(const From* src, To* dst, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    if constexpr (std::is_same_v<To, From>) {
-      dst[i] = src[i];
-    } else {
-      dst[i] = from_float<To>(to_float(src[i]));
-    }
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(dst, src, size_t(n) * sizeof(To));
+  } else {
+    for (int64_t i = 0; i < n; i++) dst[i] = from_float<To>(to_float(src[i]));
   }
 }
 

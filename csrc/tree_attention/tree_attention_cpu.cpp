@@ -115,15 +115,15 @@ class Forward {
     const VisibleTree& tree = trees[at.b];
     const Splits& cut = splits[at.b];
     int64_t begin = split * cut.length, end = std::min(begin + cut.length, cut.total), prefix_end = std::min(end, cut.prefix);
-    RowSource keys{p.k_cache, p.block_table, at.b, at.head}, values{p.v_cache, p.block_table, at.b, at.head};
+    RowSource keys{p.k_cache, p.block_table, at.b, at.head, prefix_end}, values{p.v_cache, p.block_table, at.b, at.head, prefix_end};
     attend_prefix(rows, at, keys, values, begin, prefix_end);
     if (p.v_scale) rows.scale_output(head_scale(p.v_scale, at.head));
 
     int64_t tree_begin = std::max(begin, cut.prefix) - cut.prefix, tree_end = end - cut.prefix;
     int64_t shift = 0;
     if (p.k_tree) {
-      keys = {p.k_tree, {}, at.b, at.head};
-      values = {p.v_tree, {}, at.b, at.head};
+      keys = {p.k_tree, {}, at.b, at.head, tree_end};
+      values = {p.v_tree, {}, at.b, at.head, tree_end};
     } else {
       shift = cut.prefix;
     }
