@@ -42,6 +42,7 @@ class Reference {
   Value operator|=(const Value& value) const { return *this = Value(*this) | value; }
   Value operator&=(const Value& value) const { return *this = Value(*this) & value; }
   Value operator^=(const Value& value) const { return *this = Value(*this) ^ value; }
+  Value operator++() const { return *this += Value(1); }
   Value operator++(int) const {
     Value old = *this;
     *this = Value(old + 1);
