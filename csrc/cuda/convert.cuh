@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fast conversions of packed small types, built from the instructions in ptx.cuh; one source for the device and the emulator.
+// Fast conversions of packed small types, built from the instructions in ptx.cuh; one source for the device and the
+// emulator.
 #pragma once
 #include <cstring>
 

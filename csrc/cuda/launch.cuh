@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// launch(kernel, grid, block, shared_bytes, stream, args...) starts a kernel or throws std::runtime_error that names it.
-// DeviceGuard makes a tensor's device current for a scope. Under g++ both come from the emulator.
+// launch(kernel, grid, block, shared_bytes, stream, args...) starts a kernel or throws std::runtime_error that names
+// it. DeviceGuard makes a tensor's device current for a scope. Under g++ both come from the emulator.
 #pragma once
 #include "ptx.cuh"
 
@@ -57,8 +57,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   if (shared_bytes > 48 * 1024) {
     cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess)
-      throw_cuda_error(error, "asking for " + std::to_string(shared_bytes) + " bytes of shared memory for " +
-                                  kernel_name(function));
+      throw_cuda_error(
+          error, "asking for " + std::to_string(shared_bytes) + " bytes of shared memory for " + kernel_name(function));
   }
   std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   cudaError_t error = std::apply(

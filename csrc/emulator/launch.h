@@ -8,24 +8,29 @@
 
 #include "machine.h"
 
-namespace torch_kernels {
+namespace emulator {
 
 // A dim3 that remembers the line it was written on.
 struct Grid : dim3 {
-  Grid(dim3 size, emulator::Site site = emulator::Site::current()) : dim3(size), site(site) {}
+  Grid(dim3 size, Site site = Site::current()) : dim3(size), site(site) {}
   template <std::integral I>
-  Grid(I x, emulator::Site site = emulator::Site::current()) : dim3(unsigned(x)), site(site) {}
-  emulator::Site site;
+  Grid(I x, Site site = Site::current()) : dim3(unsigned(x)), site(site) {}
+  Site site;
 };
 
+}  // namespace emulator
+
+namespace torch_kernels {
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* /*stream*/,
+void launch(void (*kernel)(Parameters...), emulator::Grid grid, dim3 block, size_t shared_bytes, void* /*stream*/,
             Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   auto body = [&] { std::apply(kernel, values); };
-  emulator::run_grid(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-                     [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
+  emulator::run_grid(
+      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+      [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
 }
 
 class DeviceGuard {

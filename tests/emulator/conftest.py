@@ -16,8 +16,8 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def cuda_include() -> Path | None:
-    """Where vector_types.h, cuda_fp16.h and so on are: $CUDA_HOME, the toolkit nvcc belongs to, /usr/local/cuda, or the packages
-    nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl, which bring the headers to a machine without any toolkit."""
+    """Where cuda_fp16.h and its like are: $CUDA_HOME, the toolkit nvcc belongs to, /usr/local/cuda, or the packages
+    nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl, which bring the headers without a toolkit."""
     candidates = [Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     if nvcc := shutil.which("nvcc"):
         candidates.append(Path(nvcc).resolve().parent.parent / "include")
@@ -68,5 +68,5 @@ class Programs:
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     include = cuda_include()
     if include is None:
-        pytest.skip("no CUDA headers: set CUDA_HOME, or pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl")
+        pytest.skip("no CUDA headers: see cuda_include in tests/emulator/conftest.py")
     return Programs(tmp_path_factory.mktemp("emulator"), include)

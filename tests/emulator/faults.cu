@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Kernels with one planted fault each, and the same kernels without it: `faults NAME [SEED]`. Prints what the emulator reports, or
-// what the kernel computed; "bench" prints timings.
+// Kernels with one planted fault each, and the same kernels without it: `faults NAME [SEED]`. Prints what the emulator
+// reports, or what the kernel computed; "bench" prints timings.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -28,8 +28,10 @@ __global__ void gemm(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
   float d[4] = {};
   load(0, 0);
   for (int i = 0; i < 4; i++) {
-    if (i < 3) load((i + 1) & 1, (i + 1) * 16);
-    else ptx::cp_async_commit();
+    if (i < 3)
+      load((i + 1) & 1, (i + 1) * 16);
+    else
+      ptx::cp_async_commit();
     if constexpr (fault != Gemm::no_wait) ptx::cp_async_wait<1>();
     if constexpr (fault != Gemm::raw_no_barrier) __syncwarp();
     const __nv_bfloat16* tile = tiles + (i & 1) * 24 * 16;
@@ -133,7 +135,8 @@ __global__ void out_of_bounds(int* x, const char* where) {
   if (!std::strcmp(where, "right")) first[t] = 1, second[31 - t] = 2;
   if (!std::strcmp(where, "raw")) raw[t + 33] = 1;
   if (!std::strcmp(where, "array")) first[t + 1] = 1;
-  if (!std::strcmp(where, "vector")) first.store<int4>(t & 28, make_int4(0, 0, 0, 0)), first.store<int4>(32, make_int4(0, 0, 0, 0));
+  if (!std::strcmp(where, "vector"))
+    first.store<int4>(t & 28, make_int4(0, 0, 0, 0)), first.store<int4>(32, make_int4(0, 0, 0, 0));
   if (!std::strcmp(where, "unaligned")) first.store<int2>(1, make_int2(0, 0));
   if (!std::strcmp(where, "global")) x[t + 1] = 1;
   if (!std::strcmp(where, "cp_async")) ptx::cp_async_4(raw + 64 + t, x + t);
@@ -161,16 +164,20 @@ __global__ void diverge(const char* how) {
     if (t != 33) __shfl_xor_sync(~0u, t, 1);
   }
   if (!std::strcmp(how, "deadlock")) {
-    if (t < 32) ptx::barrier_sync(1, 64), ptx::barrier_arrive(2, 64);
-    else ptx::barrier_sync(2, 64), ptx::barrier_arrive(1, 64);
+    if (t < 32)
+      ptx::barrier_sync(1, 64), ptx::barrier_arrive(2, 64);
+    else
+      ptx::barrier_sync(2, 64), ptx::barrier_arrive(1, 64);
   }
   if (!std::strcmp(how, "count")) ptx::barrier_sync(1, t < 32 ? 32 : 64);
   if (!std::strcmp(how, "mask")) __shfl_xor_sync(0xffffu, t, 1);
   if (!std::strcmp(how, "branches")) {
     float d[4] = {};
     unsigned a[4] = {};
-    if (t % 2) ptx::mma_m16n8k16_f16(d, a, 0, 0);
-    else ptx::mma_m16n8k16_f16(d, a, 0, 0);
+    if (t % 2)
+      ptx::mma_m16n8k16_f16(d, a, 0, 0);
+    else
+      ptx::mma_m16n8k16_f16(d, a, 0, 0);
   }
 }
 
@@ -179,7 +186,6 @@ __global__ void banks(int stride) {
   unsigned r[4];
   ptx::ldmatrix_x4(r, s + threadIdx.x * stride);
 }
-
 
 __global__ void mma_loop(float* out, int steps) {
   float d[4] = {};
@@ -248,28 +254,48 @@ int main(int argc, char** argv) {
   try {
     size_t colon = name.find(':');
     std::string group = name.substr(0, colon), how = colon == std::string::npos ? "" : name.substr(colon + 1);
-    if (name == "gemm") run_gemm<Gemm::right>();
-    else if (name == "gemm:no_wait") run_gemm<Gemm::no_wait>();
-    else if (name == "gemm:no_wait_raw") emulator::settings.races = false, run_gemm<Gemm::no_wait>();
-    else if (name == "gemm:wrong_fragment") run_gemm<Gemm::wrong_fragment>();
-    else if (name == "gemm:no_syncwarp") run_gemm<Gemm::raw_no_barrier>();
-    else if (name == "reverse") run_reverse<true, true>();
-    else if (name == "reverse:raw") run_reverse<false, true>();
-    else if (name == "reverse:no_barrier") run_reverse<true, false>();
-    else if (name == "reverse:raw_no_barrier") run_reverse<false, false>();
-    else if (name == "overwrite") block(overwrite<true>, 64, x, x);
-    else if (name == "overwrite:no_barrier") block(overwrite<false>, 64, x, x);
-    else if (name == "neighbours") block(neighbours<true>, 64, x);
-    else if (name == "neighbours:across") block(neighbours<false>, 64, x);
-    else if (name == "handover") block(handover<false>, 64, x);
-    else if (name == "handover:early") block(handover<true>, 64, x);
-    else if (group == "bounds") bounds(how.c_str());
-    else if (group == "diverge") launch(diverge, 1, 64, 0, nullptr, how.c_str()), std::printf("right\n");
-    else if (group == "partial") launch(diverge, 1, 48, 0, nullptr, "branches"), std::printf("right\n");
-    else if (group == "oversized") launch(diverge, 1, 64, 300000, nullptr, ""), std::printf("right\n");
+    if (name == "gemm")
+      run_gemm<Gemm::right>();
+    else if (name == "gemm:no_wait")
+      run_gemm<Gemm::no_wait>();
+    else if (name == "gemm:no_wait_raw")
+      emulator::settings.races = false, run_gemm<Gemm::no_wait>();
+    else if (name == "gemm:wrong_fragment")
+      run_gemm<Gemm::wrong_fragment>();
+    else if (name == "gemm:no_syncwarp")
+      run_gemm<Gemm::raw_no_barrier>();
+    else if (name == "reverse")
+      run_reverse<true, true>();
+    else if (name == "reverse:raw")
+      run_reverse<false, true>();
+    else if (name == "reverse:no_barrier")
+      run_reverse<true, false>();
+    else if (name == "reverse:raw_no_barrier")
+      run_reverse<false, false>();
+    else if (name == "overwrite")
+      block(overwrite<true>, 64, x, x);
+    else if (name == "overwrite:no_barrier")
+      block(overwrite<false>, 64, x, x);
+    else if (name == "neighbours")
+      block(neighbours<true>, 64, x);
+    else if (name == "neighbours:across")
+      block(neighbours<false>, 64, x);
+    else if (name == "handover")
+      block(handover<false>, 64, x);
+    else if (name == "handover:early")
+      block(handover<true>, 64, x);
+    else if (group == "bounds")
+      bounds(how.c_str());
+    else if (group == "diverge")
+      launch(diverge, 1, 64, 0, nullptr, how.c_str()), std::printf("right\n");
+    else if (group == "partial")
+      launch(diverge, 1, 48, 0, nullptr, "branches"), std::printf("right\n");
+    else if (group == "oversized")
+      launch(diverge, 1, 64, 300000, nullptr, ""), std::printf("right\n");
     else if (group == "banks") {
       launch(banks, 1, 32, 32 * 144, nullptr, std::atoi(how.c_str()));
-      std::printf("%ld passes for %ld tiles\n", emulator::statistics.ldmatrix_wavefronts, emulator::statistics.ldmatrix_tiles);
+      std::printf("%ld passes for %ld tiles\n", emulator::statistics.ldmatrix_wavefronts,
+                  emulator::statistics.ldmatrix_tiles);
     } else if (name == "after") {  // the emulator is usable after a report
       try {
         launch(diverge, 1, 64, 0, nullptr, "deadlock");

@@ -32,14 +32,17 @@ def test_right_kernels_are_not_reported(programs, kernel, build):
         assert programs.run(build, kernel, seed) == (0, "right")
 
 
+RACE = (
+    r"thread \d+ (reads|writes) shared memory byte \d+, (read|written) by thread \d+ at faults.cu:\d+, with no barrier"
+)
 # What the report must say; the name of the fault picks the kernel in faults.cu.
 REPORTS = {
     "gemm:no_wait": r"thread \d+ reads shared memory byte \d+, being copied by cp.async by thread \d+ at faults.cu:\d+",
-    "gemm:no_syncwarp": r"thread \d+ (reads|writes) shared memory byte \d+, (read|written) by thread \d+ at faults.cu:\d+",
-    "reverse:no_barrier": r"thread \d+ (reads|writes) .* by thread \d+ at faults.cu:\d+, with no barrier in between \[faults.cu",
-    "overwrite:no_barrier": r"shared memory byte \d+, (read|written) by thread \d+ at faults.cu:\d+, with no barrier",
-    "neighbours:across": r"shared memory byte \d+, (read|written) by thread \d+ at faults.cu:\d+, with no barrier",
-    "handover:early": r"shared memory byte \d+, (read|written) by thread \d+ at faults.cu:\d+, with no barrier",
+    "gemm:no_syncwarp": RACE,
+    "reverse:no_barrier": RACE,
+    "overwrite:no_barrier": RACE,
+    "neighbours:across": RACE,
+    "handover:early": RACE,
     "bounds:array": r"thread 31 uses element 32 of a shared array of 32 \[faults.cu:\d+",
     "bounds:vector": r"uses element 32 of a shared array of 32",
     "bounds:unaligned": r"at an address that is not a multiple of 8",
@@ -51,7 +54,7 @@ REPORTS = {
     "diverge:lane": r"threads 32,34-63 wait at __shfl_xor_sync faults.cu:\d+; threads 33 wait at __syncthreads",
     "diverge:exited_lane": r"__shfl_xor_sync",
     "diverge:deadlock": r"deadlock: threads 0-31 wait at bar.sync faults.cu:\d+; threads 32-63 wait at bar.sync",
-    "diverge:count": r"(for 64 threads at barrier 1, others came for 32|for 32 .* came for 64|deadlock: threads 0-31 exited)",
+    "diverge:count": r"for 64 threads at barrier 1, .* for 32|for 32 .* for 64|deadlock: threads 0-31 exited",
     "diverge:mask": r"a mask that leaves out the calling lane",
     "diverge:branches": r"deadlock: threads 0,2,4.* wait at mma.m16n8k16.f16 faults.cu:\d+; threads 1,3,5",
     "partial": r"mma.m16n8k16.f16 in a warp of fewer than 32 threads",
@@ -64,10 +67,13 @@ REPORTS = {
 def test_reported(programs, fault, build):
     for seed in SEEDS:
         status, output = programs.run(build, fault, seed)
-        assert status == 0 and output.startswith("emulator: "), output
+        assert status == 0, output
+        assert output.startswith("emulator: "), output
         assert re.search(REPORTS[fault], output), output
-        if build == "faults" and ":" in fault:
-            assert re.search(r"(gemm|reverse|overwrite|neighbours|handover|out_of_bounds|diverge)", output.split(", block")[0])
+        if build == "faults":  # built with -rdynamic, so kernels have names
+            assert re.match(
+                r"emulator: [^,]*(gemm|reverse|overwrite|neighbours|handover|out_of_bounds|diverge)", output
+            )
 
 
 @pytest.mark.parametrize("fault", ["gemm:no_wait_raw", "gemm:wrong_fragment", "reverse:raw_no_barrier"])
@@ -80,7 +86,8 @@ def test_seen_in_the_result(programs, fault):
 @pytest.mark.parametrize("fault", ["bounds:raw", "bounds:global", "bounds:cp_async_source"])
 def test_seen_by_address_sanitizer(programs, fault):
     status, output = programs.run("faults_sanitized", fault, 1)
-    assert status != 0 and "AddressSanitizer: heap-buffer-overflow" in output
+    assert status != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in output
     assert re.search(r"faults.cu:\d+", output), output
 
 
