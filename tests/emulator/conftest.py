@@ -36,7 +36,7 @@ class Programs:
         self.folder = folder
         builds = {
             "faults_sanitized": [*compiler, "-g", "-O1", *SANITIZE, str(HERE / "faults.cu")],  # longest first
-            "instructions_sanitized": [*compiler, "-g", "-O1", *SANITIZE, str(HERE / "instructions.cu")],
+            "instructions_sanitized": [*compiler, "-g", "-O0", *SANITIZE, str(HERE / "instructions.cu")],
             "faults": [*compiler, "-O2", "-rdynamic", str(HERE / "faults.cu")],
             "instructions": [*compiler, "-O1", str(HERE / "instructions.cu")],
         }
