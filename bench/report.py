@@ -5,8 +5,8 @@
     ...
     <!-- /generated -->
 
-`--write` refreshes every marked place in README.md and docs/, `--check` says what is stale and which performance numbers stand outside
-a marked place. bench/README.md states the rules.
+`--write` refreshes every marked place in README.md and docs/, `--check` says what is stale and which performance
+numbers stand outside a marked place. bench/README.md states the rules.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from units import duration, percent, scaled, significant
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTHING = "_Not measured yet._"
 
 BLOCK = re.compile(
-    r"(?P<open><!-- generated: (?:python )?bench/report\.py (?P<arguments>.*?) -->)(?P<body>.*?)(?P<close><!-- /generated -->)", re.DOTALL
+    r"(?P<open><!-- generated: bench/report\.py (?P<arguments>.*?) -->)(?P<body>.*?)(?P<close><!-- /generated -->)",
+    re.DOTALL,
 )
-MARKER = re.compile(r"<!-- generated: (?:python )?bench/report\.py|<!-- /generated -->")
+MARKER = re.compile(r"<!-- generated: bench/report\.py|<!-- /generated -->")
 HEADING = re.compile(r"^(#+)\s+(.*?)\s*#*$")
 EXEMPT_SECTIONS = ("published numbers", "what was tried")
 NUMBER = r"\d[\d.,]*(?:\s*[-–]\s*\d[\d.,]*)?"
@@ -37,8 +40,7 @@ CLAIMS = [
         r"[kmgtp](?:fl)?op(?:s|/s)\b",  # arithmetic
         r"tok(?:en)?s?(?:/s\b| per second)",
         r"(?:[nµμu]s|ms)\b|(?:nano|micro|milli)?seconds? (?:per|a|each)\b",  # time
-        r"[x×]\s*(?:as\s+)?(?:faster|slower|quicker|fast|slow|speed-?ups?|less time|the speed|the throughput|higher throughput)\b",
-        r"times\s+(?:as\s+)?(?:faster|slower|quicker|fast|slow)\b",
+        r"(?:[x×]|times)\s*(?:as\s+)?(?:faster|slower|quicker|fast|slow|speed-?ups?|the speed)\b",
         r"(?:%|percent)\s+(?:faster|slower|quicker)\b",
         r"(?:%|percent)\s+of\s+(?:\S+\s+){0,3}?(?:floor|peak|ceiling|bandwidth|roofline)\b",
     )
@@ -64,21 +66,29 @@ def render(arguments: str, root: Path = ROOT) -> str:
         if not options.machine:
             raise ReportError("--value needs --machine")
         return value(load(options.machine, options.op, root), options.value)
-    found = [options.machine] if options.machine else sorted(p.parent.name for p in root.glob(f"bench/results/*/{options.op}.json"))
+    found = (
+        [options.machine]
+        if options.machine
+        else sorted(p.parent.name for p in root.glob(f"bench/results/*/{options.op}.json"))
+    )
     tables = [table(load(machine, options.op, root), options) for machine in found]
     return "\n\n".join(tables) if tables else NOTHING
 
 
 def table(record: dict[str, Any], options: argparse.Namespace) -> str:
     wanted = options.cases.split(",")
-    cases = {name: case for name, case in record["cases"].items() if "failed" not in case and any(w in name for w in wanted)}
+    cases = {
+        name: case for name, case in record["cases"].items() if "failed" not in case and any(w in name for w in wanted)
+    }
     if not cases:
         raise ReportError(f"no case of {record['op']} on {record['machine']} matches {options.cases!r}")
     overhead = all("floor" not in case for case in cases.values())
     known = list(dict.fromkeys(peer for case in cases.values() for peer in case.get("peers", {})))
     peers = known if options.peers is None else [peer for peer in options.peers.split(",") if peer]
     if missing := set(peers) - set(known):
-        raise ReportError(f"no peer {', '.join(sorted(missing))} in the results of {record['op']} on {record['machine']}")
+        raise ReportError(
+            f"no peer {', '.join(sorted(missing))} in the results of {record['op']} on {record['machine']}"
+        )
     lines = [_caption(record), ""]
     titles = ["case", "time"] + ([] if overhead else ["rate", "of the floor"]) + [f"{peer} takes" for peer in peers]
     lines += ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
@@ -145,7 +155,9 @@ def check(root: Path = ROOT) -> list[str]:
                     complaints.append(f"{where}:{line}: stale, run python bench/report.py --write")
             except ReportError as error:
                 complaints.append(f"{where}:{line}: {error}")
-        complaints += [f"{where}:{line}: {claim!r} is not generated from bench/results" for line, claim in loose_claims(text)]
+        complaints += [
+            f"{where}:{line}: {claim!r} is not generated from bench/results" for line, claim in loose_claims(text)
+        ]
     return complaints
 
 
@@ -163,32 +175,8 @@ def loose_claims(text: str) -> Iterator[tuple[int, str]]:
             yield from ((number, found[start]) for start in sorted(found))
 
 
-def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{significant(seconds / scale)} {unit}"
-    return f"{significant(seconds / 1e-9)} ns"
-
-
-def percent(number: float) -> str:
-    return f"{number:.0f} %" if number >= 9.5 else f"{number:.1f} %"
-
-
-def significant(number: float) -> str:
-    """Three significant digits, without exponents."""
-    return f"{number:.0f}" if number >= 99.95 else f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
-
-
-def scaled(number: float, unit: str) -> str:
-    """4.31e12, B/s -> 4.31 TB/s."""
-    for prefix, scale in (("T", 1e12), ("G", 1e9)):
-        if number >= scale:
-            return f"{significant(number / scale)} {prefix}{unit}"
-    return f"{significant(number / 1e6)} M{unit}"
-
-
 def _rate(case: dict[str, Any]) -> str:
-    return scaled(case["rate"] * 1e9, case["rate_unit"].removeprefix("G"))
+    return scaled(case["rate"], case["rate_unit"])
 
 
 def _ratio(peer: dict[str, Any] | None) -> str:
@@ -209,9 +197,13 @@ def _options(arguments: str | Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--machine", help="a folder of bench/results; default: one table for each that has the op")
     parser.add_argument("--cases", default="", metavar="A,B", help="only cases whose name contains one of these")
     parser.add_argument("--peers", metavar="A,B", help="only these peers; '' for none")
-    parser.add_argument("--value", metavar="'CASE FIELD'", help="one number: time, rate, floor, of-floor, ratio.PEER; or 'ceiling NAME'")
+    parser.add_argument(
+        "--value", metavar="'CASE FIELD'", help="one number: time, rate, floor, of-floor, ratio.PEER; or 'ceiling NAME'"
+    )
     parser.add_argument("--write", action="store_true", help="refresh every marked place in README.md and docs/")
-    parser.add_argument("--check", action="store_true", help="fail on stale marked places and on loose performance numbers")
+    parser.add_argument(
+        "--check", action="store_true", help="fail on stale marked places and on loose performance numbers"
+    )
     if not isinstance(arguments, str):
         return parser.parse_args(arguments)
     try:

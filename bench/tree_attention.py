@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention, greedy verification and KV commit at published model shapes and trees.
 
-Peers get what a careful user would prepare once: a contiguous [B, H, S, D] cache that already holds the tree, a ready mask, a sliced
-window. What depends on the call (folding q, dequantising the cache) is timed.
+Peers get what a careful user would prepare once: a contiguous [B, H, S, D] cache that already holds the tree, a ready
+mask, a sliced window. What depends on the call (folding q, dequantising the cache) is timed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ancestors(parents: list[int]) -> list[set[int]]:
 
 @dataclass(frozen=True)
 class Workload:
-    """One verification pass of a layer. Several prefixes make a batch; its trees take turns and are padded to the largest."""
+    """One verification pass of a layer. Several prefixes make a batch; trees take turns, padded to the largest."""
 
     heads: int
     kv_heads: int
@@ -75,14 +75,19 @@ class Workload:
 
     def bytes(self) -> int:
         element, stored = self.dtype.itemsize, (self.cache_dtype or self.dtype).itemsize
-        first = {row: min(self.first_key(row, node) for r, node in self.nodes() if r == row) for row in range(len(self.prefixes))}
+        first = {
+            row: min(self.first_key(row, node) for r, node in self.nodes() if r == row)
+            for row in range(len(self.prefixes))
+        }
         prefix = sum(self.prefixes[row] - first[row] for row in first)
         nodes = sum(1 for _ in self.nodes())
         cache = 2 * self.kv_heads * self.head_size * (prefix * stored + nodes * element)
         return cache + nodes * self.heads * (2 * self.head_size * element + 4)  # q and out, lse
 
     def flops(self) -> int:
-        pairs = sum(self.prefixes[row] - self.first_key(row, node) + len(self.visible[row][node]) for row, node in self.nodes())
+        pairs = sum(
+            self.prefixes[row] - self.first_key(row, node) + len(self.visible[row][node]) for row, node in self.nodes()
+        )
         return 4 * self.head_size * self.heads * pairs
 
     def make_inputs(self, seed: int, device: str) -> Inputs:
@@ -111,7 +116,9 @@ class Workload:
                 scale = cache.float().abs().amax((0, 1, 3)) / (127 if self.cache_dtype == torch.int8 else 448)
                 stored = cache.float() / scale[:, None]
                 inputs[f"{name}_scale"] = scale
-                inputs[f"{name}_cache"] = (stored.round() if self.cache_dtype == torch.int8 else stored).to(self.cache_dtype)
+                inputs[f"{name}_cache"] = (stored.round() if self.cache_dtype == torch.int8 else stored).to(
+                    self.cache_dtype
+                )
         return inputs
 
     def mask(self, inputs: Inputs) -> torch.Tensor:
@@ -197,7 +204,7 @@ def peer_cache(workload: Workload, inputs: Inputs) -> tuple[Callable[[], tuple[t
 
 
 def sdpa(workload: Workload, folded: bool, inputs: Inputs) -> Call:
-    """scaled_dot_product_attention under a mask, with enable_gqa or with the query heads of a KV head folded into rows."""
+    """scaled_dot_product_attention under a mask, with enable_gqa or the query heads of a KV head folded into rows."""
     q = inputs["q"]
     batch, nodes, heads, size = q.shape
     group = heads // workload.kv_heads
@@ -206,7 +213,9 @@ def sdpa(workload: Workload, folded: bool, inputs: Inputs) -> Call:
     if workload.sinks:  # a sink is one more key of score b and value zero
 
         def sink_mask() -> torch.Tensor:
-            bias = torch.zeros(batch, heads, nodes, mask.shape[3], dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+            bias = torch.zeros(batch, heads, nodes, mask.shape[3], dtype=q.dtype, device=q.device).masked_fill(
+                ~mask, -torch.inf
+            )
             return torch.cat([bias, inputs["sinks"].to(q.dtype)[:, None, None].expand(batch, heads, nodes, 1)], 3)
 
         mask = shared(inputs, "sink mask", sink_mask)
@@ -237,7 +246,7 @@ def compiled_flex() -> Callable:
 
 
 def flex(workload: Workload, inputs: Inputs) -> Call:
-    """flex_attention, compiled, with the BlockMask built beforehand. Sinks rescale its output by its own log-sum-exp."""
+    """flex_attention, compiled, its BlockMask built beforehand. Sinks rescale its output by its log-sum-exp."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     q = inputs["q"]
@@ -303,12 +312,14 @@ def attention_case(name: str, workload: Workload, devices: tuple[str, ...] = ("c
 
 
 def verify_inputs(batch: int, seed: int, device: str) -> Inputs:
-    """Half of the nodes carry the token that the target wants after their parent, so that paths of several nodes are accepted."""
+    """Half of the nodes carry the token that the target wants after their parent, so that longer paths are accepted."""
     generator = torch.Generator().manual_seed(seed)
     parents = torch.tensor([tree(MEDUSA)] * batch, dtype=torch.int32)
     target = torch.randint(32000, parents.shape, generator=generator)
     draft = torch.where(
-        torch.rand(parents.shape, generator=generator) < 0.5, target.gather(1, parents.clamp(0).long()), torch.zeros_like(target)
+        torch.rand(parents.shape, generator=generator) < 0.5,
+        target.gather(1, parents.clamp(0).long()),
+        torch.zeros_like(target),
     )
     return {name: tensor.to(device) for name, tensor in (("draft", draft), ("target", target), ("parents", parents))}
 
@@ -351,7 +362,9 @@ def commit_inputs(workload: Workload, seed: int, device: str) -> Inputs:
     inputs = workload.make_inputs(seed, device)
     nodes = len(workload.parents[0])
     path = sorted(max(workload.visible[0], key=len))
-    inputs["path"] = torch.tensor([path + [-1] * (nodes - len(path))] * len(workload.prefixes), dtype=torch.int32, device=device)
+    inputs["path"] = torch.tensor(
+        [path + [-1] * (nodes - len(path))] * len(workload.prefixes), dtype=torch.int32, device=device
+    )
     inputs["num_accepted"] = torch.full((len(workload.prefixes),), len(path) - 1, dtype=torch.int32, device=device)
     return inputs
 
@@ -403,7 +416,9 @@ def cases() -> list[Case]:
         attention_case("vicuna-7b-t64-p4096-bf16", Workload(32, 32, 128, (MEDUSA,), (4096,))),
         attention_case("qwen3-30b-a3b-t60-p4096-bf16", Workload(32, 4, 128, (EAGLE2,), (4096,))),
         attention_case("gemma3-12b-t64-p4096-bf16", Workload(16, 8, 256, (MEDUSA,), (4096,))),
-        attention_case("gpt-oss-t64-p4096-window-sinks", Workload(64, 8, 64, (MEDUSA,), (4096,), window=128, sinks=True)),
+        attention_case(
+            "gpt-oss-t64-p4096-window-sinks", Workload(64, 8, 64, (MEDUSA,), (4096,), window=128, sinks=True)
+        ),
         attention_case("llama3-70b-b8-t64-p8192-bf16", Workload(64, 8, 128, (MEDUSA,), (8192,) * 8), devices=("cuda",)),
         Case(
             name="verify-greedy-b8-t64",

@@ -11,7 +11,9 @@ import torch
 
 Inputs = dict[str, Any]  # tensors and plain values by name
 Call = Callable[[], torch.Tensor]
-Prepare = Callable[[Inputs], Call]  # everything a user does once happens here; what a user does per call is in the returned Call
+Prepare = Callable[
+    [Inputs], Call
+]  # everything a user does once happens here; what a user does per call is in the returned Call
 
 # Largest error over the largest magnitude of the truth that a contender may show and still be timed.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -28,7 +30,9 @@ class Case:
     peers: Mapping[str, Prepare] = field(default_factory=dict)
     slow_peers: frozenset[str] = frozenset()  # run only when named: they compile for long
     truth: Callable[[Inputs], torch.Tensor] | None = None  # in float64; without it peers are compared with ours
-    select: Callable[[Inputs, torch.Tensor], torch.Tensor] = lambda inputs, output: output  # the elements that have a meaning
+    select: Callable[[Inputs, torch.Tensor], torch.Tensor] = lambda inputs, output: (
+        output
+    )  # the elements that have a meaning
     tolerance: float | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the machine can do, measured next to every case: memory bandwidth and the arithmetic peak of each dtype in use.
 
-A ceiling is the best of its sources. Torch supplies one source for each; where the native module exports `peak_bandwidth()`,
-`peak_float32()`, ... (bytes or operations per second over torch's threads), that is a second one, because a BLAS can fall short of
-the registers' peak: MKL reaches 40 % of it on AMD.
+A ceiling is the best of its sources. Torch supplies one for each. Where the native module exports `peak_bandwidth()`,
+`peak_float32()` and so on (bytes or operations per second over torch's threads), that is a second one, because a BLAS
+can fall short of what the registers do: MKL on AMD reaches less than half of it.
 """
 
 from __future__ import annotations
@@ -89,10 +89,9 @@ def _peak_sources(device: str, dtype: torch.dtype) -> dict[str, Source]:
 
 
 def _native_source(key: str, device: str) -> dict[str, Source]:
-    import torch_kernels
+    from torch_kernels import _native
 
-    native = getattr(torch_kernels, "_cpu" if device == "cpu" else "_cuda", None)
-    source = getattr(native, f"peak_{key}", None)
+    source = getattr(_native.cpu if device == "cpu" else _native.cuda(), f"peak_{key}", None)
     return {"native": source} if source else {}
 
 

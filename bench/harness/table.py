@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from units import duration, percent, scaled, significant
+
 from .case import Case
 
 FIXED = (("time (p20–p80)", 26), ("rate", 14), ("floor", 9), ("of floor", 8), ("error", 7))
@@ -12,7 +14,7 @@ FIXED = (("time (p20–p80)", 26), ("rate", 14), ("floor", 9), ("of floor", 8), 
 
 def title(record: dict) -> str:
     gpu, cpu = record["hardware"].get("gpu"), record["hardware"]["cpu"]
-    return f"{record['op']} on {gpu['name'] if gpu else cpu['name'] + ', %d threads' % record['settings']['threads']}"
+    return f"{record['op']} on " + (gpu["name"] if gpu else f"{cpu['name']}, {record['settings']['threads']} threads")
 
 
 def subtitle(record: dict) -> str:
@@ -21,24 +23,33 @@ def subtitle(record: dict) -> str:
 
 def heading(record: dict) -> str:
     settings = record["settings"]
-    rotation = settings["rotation_times_cache"]
-    cache = settings["last_level_cache_bytes"] / 2**20
-    return (
-        f"# {title(record)}: {subtitle(record)}\n"
-        + (
-            f"# inputs rotate over {rotation:g}x the last-level cache ({cache:.0f} MB) where {settings['memory_budget_bytes'] / 1e9:g} GB"
-            " allow it; cases that reach less say so\n"
-            if rotation
-            else "# hot: one copy of the inputs, which may stay in the cache\n"
-        )
-        + "# ratio: the peer's time over ours, median over rounds in which both ran"
+    rotation, cache = settings["rotation_times_cache"], settings["last_level_cache_bytes"] / 2**20
+    if rotation:
+        budget = settings["memory_budget_bytes"] / 1e9
+        inputs = f"inputs rotate over {rotation:g}x the last-level cache ({cache:.0f} MB) where {budget:g} GB suffice"
+    else:
+        inputs = "hot: one copy of the inputs, which may stay in the cache"
+    return "\n# ".join(
+        [
+            f"# {title(record)}: {subtitle(record)}",
+            inputs,
+            "ratio: the peer's time over ours, median over rounds in which both ran",
+        ]
     )
 
 
 def header(cases: Sequence[Case], peers: Sequence[str]) -> str:
     width = _name_width(cases)
-    titles = [f"{'case':<{width}}"] + [f"{title:>{size}}" for title, size in FIXED] + [f"{p:>{_peer_width(p)}}" for p in peers]
-    rules = ["-" * width] + ["-" * (size - 1) + ":" for _, size in FIXED] + ["-" * (_peer_width(p) - 1) + ":" for p in peers]
+    titles = (
+        [f"{'case':<{width}}"]
+        + [f"{title:>{size}}" for title, size in FIXED]
+        + [f"{p:>{_peer_width(p)}}" for p in peers]
+    )
+    rules = (
+        ["-" * width]
+        + ["-" * (size - 1) + ":" for _, size in FIXED]
+        + ["-" * (_peer_width(p) - 1) + ":" for p in peers]
+    )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, rules))
 
 
@@ -48,7 +59,7 @@ def row(name: str, result: dict, cases: Sequence[Case], peers: Sequence[str]) ->
         return f"| {name:<{width}} | failed: {result['failed']} |"
     values = [
         duration_spread(result["time"]),
-        f"{significant(result['rate'])} {result['rate_unit']}",
+        scaled(result["rate"], result["rate_unit"]),
         duration(result["floor"]),
         percent(result["percent_of_floor"]),
         f"{result['error']:.0e}" if result["error"] else "0",
@@ -66,12 +77,20 @@ def footer(record: dict) -> str:
         lines.append(f"  {key:<10} {middle} ({low}–{high}) G{ceiling['unit']}, best source: {source}")
     results = {name: result for name, result in record["cases"].items() if "failed" not in result}
     wanted = record["settings"]["rotation_times_cache"]
-    short = [f"{name} {r['rotated_times_cache']:.2g}x" for name, r in results.items() if r["rotated_times_cache"] < 0.99 * wanted]
+    short = [
+        f"{name} {r['rotated_times_cache']:.2g}x"
+        for name, r in results.items()
+        if r["rotated_times_cache"] < 0.99 * wanted
+    ]
     if short:
         lines.append(f"Useful inputs span less than {wanted:g}x the last-level cache in: " + ", ".join(short))
     for name, result in results.items():
         lines += [f"{name}: {note}" for note in result["notes"]]
-        lines += [f"{name}: {peer} refused: {entry['refused']}" for peer, entry in result["peers"].items() if "refused" in entry]
+        lines += [
+            f"{name}: {peer} refused: {entry['refused']}"
+            for peer, entry in result["peers"].items()
+            if "refused" in entry
+        ]
         eager = [peer for peer, entry in ({"ours": result} | result["peers"]).items() if entry.get("mode") == "eager"]
         lines += [f"{name}: {peer} cannot be captured in a CUDA graph and is timed call by call" for peer in eager]
     return "\n".join(lines)
@@ -83,27 +102,11 @@ def ratio(peer: dict | None) -> str:
     return "refused" if "refused" in peer else f"{significant(peer['ratio']['median'])}x"
 
 
-def percent(value: float) -> str:
-    return f"{value:.0f} %" if value >= 9.5 else f"{value:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{significant(seconds / scale)} {unit}"
-    return f"{significant(seconds / 1e-9)} ns"
-
-
 def duration_spread(values: dict) -> str:
     """12.3 ms (12.1–12.9), all in the unit of the median."""
     median = duration(values["median"])
     scale = {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}[median.split()[1]]
     return f"{median} ({significant(values['p20'] / scale)}–{significant(values['p80'] / scale)})"
-
-
-def significant(value: float) -> str:
-    """Three significant digits, without exponents."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _name_width(cases: Sequence[Case]) -> int:

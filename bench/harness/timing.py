@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing that compares: all contenders take one sample per round, in an order that alternates, so that drift hits them alike."""
+"""Timing that compares: each round samples every contender, in alternating order, so that drift hits all alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cpu_sampler(calls: Sequence[Call]) -> Sampler:
 
 
 def cuda_sampler(calls: Sequence[Call]) -> tuple[Sampler, str]:
-    """Replays of a CUDA graph that walks the copies; a plain loop where a contender cannot be captured. Returns how, too."""
+    """Replays of a CUDA graph that walks the copies, or a loop where a call cannot be captured; and which it is."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # warm-up off the default stream, as capture demands
         for call in calls[:3]:
@@ -75,9 +75,13 @@ def cuda_sampler(calls: Sequence[Call]) -> tuple[Sampler, str]:
 
 
 def interleave(
-    samplers: Mapping[str, Sampler], seconds: float, least: int, most: int, tick: Callable[[float], None] = lambda done: None
+    samplers: Mapping[str, Sampler],
+    seconds: float,
+    least: int,
+    most: int,
+    tick: Callable[[float], None] = lambda done: None,
 ) -> dict[str, list[float]]:
-    """One sample of each per round until `seconds` are spent, between `least` and `most` rounds. `tick` hears the part done."""
+    """Rounds until `seconds` are spent, at least `least` and at most `most`. `tick` hears the part that is done."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     order = list(samplers)
     start = time.perf_counter()

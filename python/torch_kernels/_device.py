@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts of the machine: the CPU from the operating system, NVIDIA GPUs from the driver through cuda-python.
 
-Nothing here is needed to run an op. `python -m torch_kernels info`, the benchmarks and the GPU tests read it. cuda-python is the
-optional extra `gpu`, imported only when a GPU is asked about; without it, or without a driver, `gpus` raises `GpuUnavailable` with
-one sentence that says what is missing, and `describe` prints that sentence.
+Nothing here is needed to run an op. `python -m torch_kernels info`, the benchmarks and the GPU tests read it.
+cuda-python is the optional extra `gpu`, imported only when a GPU is asked about; without it, or without a driver,
+`gpus` raises `GpuUnavailable` with one sentence that says what is missing, and `describe` prints that sentence.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 # The instruction sets that decide which CPU kernel runs, in the spelling of /proc/cpuinfo (x86 flags, Arm features).
+# fmt: off
 _FEATURES = (
-    "avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
-    "asimd asimddp asimdhp bf16 i8mm sve sve2 sme"
-).split()
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2", "sme",
+)
+# fmt: on
 
 
 class GpuUnavailable(RuntimeError):
@@ -112,7 +114,7 @@ def gpus() -> list[Gpu]:
 
 
 def cubin_attributes(cubin: bytes | Path, index: int = 0) -> dict[str, dict[str, int]]:
-    """What the driver says of every kernel in a cubin or fatbin after loading it on GPU `index`: kernel name -> attributes."""
+    """What the driver says of each kernel in a cubin or fatbin loaded on GPU `index`: kernel name -> attributes."""
     driver = _driver()
     names = {
         "registers": "NUM_REGS",
@@ -191,7 +193,9 @@ def _driver() -> Any:
         ) from error
     try:
         (status,) = driver.cuInit(0)
-    except Exception as error:  # the binding raises its own classes, which differ between versions, when libcuda is not there
+    except (
+        Exception
+    ) as error:  # the binding raises its own classes, which differ between versions, when libcuda is not there
         raise GpuUnavailable("no NVIDIA driver: the system has no libcuda") from error
     if status != driver.CUresult.CUDA_SUCCESS:
         raise GpuUnavailable(f"no usable NVIDIA GPU: cuInit says {_reason(driver, status)}")
@@ -225,12 +229,14 @@ def _caches() -> dict[str, int]:
     caches = {}
     for entry in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = (_read(entry / name).strip() for name in ("level", "type", "size"))
-        if kind != "Instruction" and (parsed := re.fullmatch(r"(\d+)([KMG]?)", size)):
-            caches[f"L{level}d" if kind == "Data" else f"L{level}"] = int(parsed[1]) << 10 * "_KMG".find(parsed[2] or "_")
+        parsed = re.fullmatch(r"(\d+)([KMG]?)", size)
+        if kind != "Instruction" and parsed:
+            name = f"L{level}d" if kind == "Data" else f"L{level}"
+            caches[name] = int(parsed[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[parsed[2]]
     if not caches:
-        for level, key in (("L1d", "hw.l1dcachesize"), ("L2", "hw.l2cachesize"), ("L3", "hw.l3cachesize")):
-            if size := int(_sysctl(key) or 0):
-                caches[level] = size
+        for name, key in (("L1d", "hw.l1dcachesize"), ("L2", "hw.l2cachesize"), ("L3", "hw.l3cachesize")):
+            if found := int(_sysctl(key) or 0):
+                caches[name] = found
     return caches
 
 
