@@ -84,7 +84,7 @@ def _peak_sources(device: str, dtype: torch.dtype) -> dict[str, Source]:
         product = lambda: a @ b  # noqa: E731
     else:
         a, b = (torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
-        product = lambda: torch._int_mm(a, b)  # noqa: E731
+        product = lambda: torch._int_mm(a, b.t())  # noqa: E731
     return {"matmul": _rate(product, 2 * size**3, device)} | _native_source(_key(dtype), device)
 
 

@@ -38,6 +38,8 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
     if options.repro:
         print(record.repro(op, options))
         return 0
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = Settings(

@@ -36,6 +36,7 @@ def cpu_sampler(calls: Sequence[Call]) -> Sampler:
 
 def cuda_sampler(calls: Sequence[Call]) -> tuple[Sampler, str]:
     """Replays of a CUDA graph that walks the copies, or a loop where a call cannot be captured; and which it is."""
+    torch.cuda.synchronize()  # inputs are made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # warm-up off the default stream, as capture demands
         for call in calls[:3]:
