@@ -281,7 +281,7 @@ def flashinfer(workload: Workload, inputs: Inputs) -> Call:
     q = inputs["q"][0]
     cache, first = peer_cache(workload, inputs)
     mask = shared(inputs, "mask", lambda: workload.mask(inputs)[:, None, :, first:])[0, 0]
-    packed = package.quantization.packbits(mask.reshape(-1), bitorder="little")
+    packed = package.packbits(mask.reshape(-1), bitorder="little")
     attend = functools.partial(package.single_prefill_with_kv_cache, packed_custom_mask=packed, kv_layout="HND")
     return lambda: attend(q, *(tensor[0] for tensor in cache()))[None]
 
