@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One picture per benchmark: for every case the time of each contender over ours, with the machine's floor marked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from units import duration, percent, significant
+
+from . import table
+
+OURS, FLOOR, INK, FAINT = "#1f6f5c", "#c0392b", "#222222", "#8a8a8a"
+PEERS = ("#9fb4c7", "#d9b26f", "#b39bc8", "#c9a0a0", "#a7b98b")
+
+
+def draw(record: dict, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as missing:
+        raise SystemExit("--plot needs matplotlib: pip install 'torch-kernels[bench]'") from missing
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.artist import Artist
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    cases = {name: case for name, case in record["cases"].items() if "failed" not in case}
+    if not cases:
+        raise SystemExit("no case to plot")
+    peers = list(
+        dict.fromkeys(peer for case in cases.values() for peer in case["peers"] if "ratio" in case["peers"][peer])
+    )
+    ratios = [
+        case["peers"][p]["ratio"]["median"]
+        for case in cases.values()
+        for p in peers
+        if "ratio" in case["peers"].get(p, {})
+    ]
+    # One slow peer must not squash the rest: longer bars are cut, their label tells the value.
+    limit = max(1.5, min(max(ratios, default=1.5) * 1.05, 8.0))
+
+    bar, gap = 1.0, 0.9
+    bars = sum(1 + sum("ratio" in case["peers"].get(p, {}) for p in peers) for case in cases.values())
+    height = bars * bar + len(cases) * gap
+    figure, axes = plt.subplots(figsize=(10, 1.9 + 0.21 * height), layout="constrained")
+    y, ticks = 0.0, []
+
+    def add(value: float, color: str, text: str) -> None:
+        nonlocal y
+        axes.barh(y, min(value, limit), bar * 0.86, color=color, align="edge")
+        if value > limit:  # a cut across the end of the bar
+            axes.plot(
+                [limit * 0.975, limit * 0.985],
+                [y - 0.05, y + bar * 0.9],
+                color="white",
+                linewidth=2.5,
+                solid_capstyle="butt",
+            )
+        axes.text(min(value, limit) + limit * 0.008, y + bar * 0.43, text, va="center", fontsize=8, color=INK)
+        y += bar
+
+    for name, case in cases.items():
+        top = y
+        ours = case["time"]["median"]
+        add(1.0, OURS, f"{duration(ours)}, {percent(case['percent_of_floor'])} of the floor")
+        for color, peer in zip(PEERS * 9, peers, strict=False):
+            entry = case["peers"].get(peer, {})
+            if "ratio" in entry:
+                value = entry["ratio"]["median"]
+                add(value, color, f"{significant(value)}x")
+        floor = case["floor"] / ours
+        axes.plot([floor, floor], [top - gap * 0.2, y + gap * 0.1], color=FLOOR, linewidth=1.6)
+        ticks.append(((top + y) / 2, f"{name}\n{case['bound']}-bound"))
+        y += gap
+    axes.axvline(1.0, color=OURS, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_yticks([position for position, _ in ticks], [text for _, text in ticks], fontsize=8)
+    axes.set_ylim(y, -gap)
+    axes.set_xlim(0, limit * 1.09)
+    axes.set_xlabel("time relative to torch-kernels (shorter is faster)", fontsize=9, color=INK)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_title(table.title(record), fontsize=12, fontweight="bold", color=INK, loc="left", pad=20)
+    axes.annotate(table.subtitle(record), (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8.5, color=FAINT)
+    handles: list[Artist] = [Patch(color=OURS, label="torch-kernels")]
+    handles += [Patch(color=color, label=peer) for color, peer in zip(PEERS * 9, peers, strict=False)]
+    handles += [Line2D([], [], color=FLOOR, linewidth=1.6, label="floor: memory or arithmetic at the measured ceiling")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
