@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -315,6 +316,7 @@ def choose_tree(model: Model, prompts: Tensor, nodes: int) -> tuple[list[tuple[i
 
 class Step(NamedTuple):
     tokens: list[int]  # the accepted drafts, then the model's own next byte
+    drafts: Tensor  # the tree's tokens
     path: Tensor  # the accepted nodes, from the root
 
 
@@ -324,13 +326,13 @@ def write_with_tree(model: Model, prompt: Tensor, count: int, tree: Tree) -> lis
     cache = Cache(model, prompt, count)
     hidden = cache.prefill(prompt)
     token = next_token(model, hidden)
-    steps = [Step(token[0].tolist(), token.new_zeros(1))]
+    steps = [Step(token[0].tolist(), token[0], token.new_zeros(1))]
     while sum(len(step.tokens) for step in steps) < count:
         drafts = tree.tokens(token, model.draft_logits(hidden))
         nodes = cache.forward(drafts, tree.parents)
         path, num_accepted, tokens = torch_kernels.tree_verify_greedy(drafts, next_token(model, nodes), tree.parents)
         cache.commit(path, num_accepted)
-        steps.append(Step([t for t in tokens[0].tolist() if t >= 0], path[0]))
+        steps.append(Step([t for t in tokens[0].tolist() if t >= 0], drafts[0], path[0]))
         last = num_accepted[:, None].long()  # the end of the path: the next drafts start there
         token = tokens.gather(1, last)
         hidden = nodes.take_along_dim(path.gather(1, last).long()[..., None], dim=1)
@@ -361,6 +363,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=16, help="nodes of the token tree")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
     args = parser.parse_args()
+    if args.tokens < 2 or args.nodes < 2:
+        parser.error("--tokens and --nodes must be at least 2")
 
     config = Config(seed=args.seed)
     if args.quick:
@@ -376,7 +380,7 @@ def main() -> None:
     tree = Tree(choices, device)
     print(f"a tree of {len(choices) + 1} nodes; {expected:.2f} accepted drafts per step expected")
 
-    rows, longest = [], Step([], torch.zeros(1))
+    rows, all_steps = [], []
     for name in PROMPTS:
         prompt = as_bytes(topics[name])[None, :PROMPT_BYTES].to(device)
         for warm_up in (True, False):
@@ -391,10 +395,13 @@ def main() -> None:
         print(f"\n=== {name}: token tree\n{show(steps, count)}")
         accepted = sum(len(step.tokens) - 1 for step in steps) / max(1, len(steps) - 1)
         rows.append((name, accepted, count / (middle - start), count / (end - middle), plain == sped_up))
-        longest = max(longest, *steps, key=lambda step: len(step.tokens))
+        all_steps += steps[1:]  # the first byte comes from the prompt's pass
 
-    print(f"\none step that wrote {bytes(longest.tokens)!r}: the tree and the accepted path")
-    print(torch_kernels.trees.draw(tree.parents[0].cpu(), longest.path.cpu()))
+    step = max(all_steps, key=lambda step: (len(step.tokens), len(set(step.tokens))))
+    drawing = torch_kernels.trees.draw(tree.parents[0].cpu(), step.path.cpu())
+    drafts = step.drafts.tolist()
+    print(f"\none step's tree; the marked path and the model's own next byte wrote {bytes(step.tokens)!r}")
+    print(re.sub(r"\d+", lambda node: repr(chr(drafts[int(node[0])])), drawing))
     print(f"\n{'prompt':14}{'drafts accepted per step':>26}{'plain':>12}{'token tree':>14}{'speedup':>10}   text")
     for name, accepted, plain_rate, tree_rate, same in rows:
         speedup, verdict = f"{tree_rate / plain_rate:.2f}x", "same" if same else "differs"
