@@ -126,11 +126,16 @@ def as_bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
+def topic(name: str) -> str:
+    """A topic without indentation, rulers and table borders: a long run of one character is too easy to continue."""
+    return re.sub(r"([^\w\s])\1{3,}", r"\1\1\1", re.sub(" +", " ", topics[name]))
+
+
 def training_text() -> str:
     """All topics but the held-out ones. Topics quote each other, so no paragraph is used twice or left in both."""
     held_out = {VALIDATION, *PROMPTS}
-    seen = {paragraph for name in held_out for paragraph in topics[name].split("\n\n")}
-    paragraphs = dict.fromkeys(p for name in sorted(topics.keys() - held_out) for p in topics[name].split("\n\n"))
+    seen = {paragraph for name in held_out for paragraph in topic(name).split("\n\n")}
+    paragraphs = dict.fromkeys(p for name in sorted(topics.keys() - held_out) for p in topic(name).split("\n\n"))
     return "\n\n".join(p for p in paragraphs if p not in seen)
 
 
@@ -375,14 +380,14 @@ def main() -> None:
     count = min(args.tokens, 64) if args.quick else args.tokens
     model = trained_model(config, device)
 
-    validation = as_bytes(topics[VALIDATION]).to(device)
+    validation = as_bytes(topic(VALIDATION)).to(device)
     choices, expected = choose_tree(model, validation.unfold(0, PROMPT_BYTES, len(validation) // 32)[:32], args.nodes)
     tree = Tree(choices, device)
     print(f"a tree of {len(choices) + 1} nodes; {expected:.2f} accepted drafts per step expected")
 
     rows, all_steps = [], []
     for name in PROMPTS:
-        prompt = as_bytes(topics[name])[None, :PROMPT_BYTES].to(device)
+        prompt = as_bytes(topic(name))[None, :PROMPT_BYTES].to(device)
         plain_time = tree_time = float("inf")
         for _ in range(3):  # the text is the same every time: the fastest run tells most about the method
             start = time.perf_counter()
