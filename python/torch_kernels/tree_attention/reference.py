@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The meaning of the tree attention ops, in PyTorch one can read.
 
-Each function has the arguments of the op of the same name, returns fresh outputs (ops ending in ``_`` write into their
-caches) and runs on any device: the ground the other backends are compared with, and the backend of last resort. Softmax and
-sums are accumulated in float32, in float64 for float64 inputs; the verify ops decide in float64.
+Each function has the arguments of the op of the same name, returns fresh outputs (ops ending in ``_`` write into
+their caches) and runs on any device: the ground the other backends are compared with, and the backend of last resort.
+Softmax and sums are accumulated in float32, in float64 for float64 inputs; the verify ops decide in float64.
 
-Two promises shape the code. Rows of a batch are computed one by one from their own lengths, so a row's bits depend neither
-on its neighbours nor on how the cache is paged (reading the lengths synchronises a GPU; the compiled backends do not). And
-whatever an index tensor holds, nothing outside a tensor is touched: an impossible parent makes a padding node, an impossible
-slot holds no key.
+Two promises shape the code. Rows of a batch are computed one by one from their own lengths, so a row's bits depend
+neither on its neighbours nor on how the cache is paged (reading the lengths synchronises a GPU; the compiled backends
+do not). And whatever an index tensor holds, nothing outside a tensor is touched: an impossible parent makes a padding
+node, an impossible slot holds no key.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of T tree nodes to the prefix in the cache and to their own ancestors.
 
-    ``s_k = cap(scale * <q_i, k_k>)``; ``lse_i = ln(sum_k exp(s_k) + exp(sink))``; ``out_i = sum_k exp(s_k - lse_i) v_k``
+    With scores ``s_k = cap(scale * <q_i, k_k>)`` and ``cap(x) = softcap * tanh(x / softcap)``:
+    ``lse_i = ln(sum_k exp(s_k) + exp(sink))`` and ``out_i = sum_k exp(s_k - lse_i) v_k``.
     """
     batch, nodes, query_heads, head_size = q.shape
     kv_heads, value_size = v_cache.shape[2:]
@@ -160,9 +161,9 @@ def _quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint key sets, joined: ``lse = ln(e^lse_a + e^lse_b)``, ``out = sum_x e^(lse_x - lse) out_x``.
+    """Joins attention over two disjoint key sets: ``lse = ln(e^lse_a + e^lse_b)``, ``out = sum e^(lse_x - lse) out_x``.
 
-    out ``[..., T, H, Dv]``, lse ``[..., H, T]`` in natural log. A state whose lse is -inf saw nothing: its out is not read.
+    out ``[..., T, H, Dv]``, lse ``[..., H, T]`` in natural log. A state with lse -inf saw nothing: its out is not read.
     """
     accumulate = torch.float64 if out_a.dtype == torch.float64 else torch.float32
     lse_a, lse_b = lse_a.to(accumulate), lse_b.to(accumulate)
@@ -175,8 +176,9 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     return out.to(out_a.dtype), lse.to(torch.float32)
 
 
-# Verification. Node 0 is the root: the last committed token, whose target distribution decides its children. A row whose
-# node 0 is not a root is empty. A draft token outside the vocabulary (for the greedy rule, below 0) is never accepted.
+# Verification. Node 0 is the root: the last committed token, whose target distribution decides its children. A row
+# whose node 0 is not a root is empty. A draft token outside the vocabulary (for the greedy rule, below 0) is never
+# accepted.
 
 
 def tree_verify_greedy(draft_tokens: Tensor, target_tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,11 +198,11 @@ def tree_verify_typical(
     delta: float,
     uniforms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Medusa's typical acceptance: a node is accepted if its parent is and ``p(token) > min(epsilon, delta * exp(-H))``.
+    """Typical acceptance (Medusa): a node is accepted if its parent is and ``p(token) > min(epsilon, delta * exp(-H))``.
 
-    ``p = softmax(logits / temperature)`` after the parent; ``H = -sum p ln(p + 1e-5)``, Medusa's entropy in nats. The next
-    token is the argmax (the lowest id among equals, NaN counts as -inf), or drawn from p at the last node by the inverse
-    CDF of tree_verify_sampling with ``uniforms[b, T]``; the other uniforms are not used.
+    ``p = softmax(logits / temperature)`` after the parent; ``H = -sum p ln(p + 1e-5)``, Medusa's entropy in nats. The
+    next token is the argmax (the lowest id among equals, NaN counts as -inf), or drawn from p at the last node by the
+    inverse CDF of tree_verify_sampling with ``uniforms[b, T]``; the other uniforms are not used.
     """
     probs = torch.softmax(target_logits.to(torch.float64) / temperature, dim=-1)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
@@ -232,19 +234,22 @@ def tree_verify_sampling(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lossless verification: the emitted tokens are distributed as if sampled from the target one by one.
 
-    The walk starts at the root with r = the target's distribution after it, normalised. Negative and NaN probabilities
-    count as zero. The children c of the current node are tried in ascending index; x = draft_tokens[b, c], u = uniforms[b, c]:
+    The walk starts at the root with r = the target's distribution after it, normalised. Negative and NaN
+    probabilities count as zero. The children c of the current node are tried in ascending index, with
+    x = draft_tokens[b, c] and u = uniforms[b, c]:
 
-    - without draft_probs, children are deterministic: accept if ``u < r(x)``; on rejection ``r(x) = 0``, r renormalised;
+    - without draft_probs, children are deterministic: accept if ``u < r(x)``; on rejection ``r(x) = 0``, r
+      renormalised;
     - with draft_probs, q = draft_probs at the current node, normalised: accept if ``u * q(x) < r(x)``, which has
-      probability ``min(1, r(x) / q(x))``; on rejection ``r = max(r - q, 0)``, renormalised, and with ``replacement=False``
-      afterwards ``q(x) = 0``, q renormalised.
+      probability ``min(1, r(x) / q(x))``; on rejection ``r = max(r - q, 0)``, renormalised, and with
+      ``replacement=False`` afterwards ``q(x) = 0``, q renormalised.
 
-    A child whose token is outside the vocabulary was drawn from nothing: it is passed over and leaves r and q as they are.
-    On acceptance the walk goes on from c with c's own target and draft distributions. When no child is left, the final token
-    is drawn from r with u = uniforms[b, T]: the smallest token id x with ``r(0) + .. + r(x) > u * sum(r)``. Only a token
-    with r(x) > 0 can satisfy that; if rounding leaves none, the largest id with r(x) > 0 is taken. A rejection that would
-    leave r without mass, possible only by rounding, leaves r as it is. A target without any mass emits -1.
+    A child whose token is outside the vocabulary was drawn from nothing: it is passed over and leaves r and q as they
+    are. On acceptance the walk goes on from c with c's own target and draft distributions. When no child is left, the
+    final token is drawn from r with u = uniforms[b, T]: the smallest token id x with ``r(0) + .. + r(x) > u *
+    sum(r)``. Only a token with r(x) > 0 can satisfy that; if rounding leaves none, the largest id with r(x) > 0 is
+    taken. A rejection that would leave r without mass, possible only by rounding, leaves r as it is. A target without
+    any mass emits -1.
     """
     batch, nodes = parents.shape
     vocabulary = target_probs.shape[-1]
@@ -287,7 +292,7 @@ def _parent_index(parents: Tensor) -> Tensor:
 
 
 def _deepest(parents: Tensor, matches: Tensor) -> Tensor:
-    """The last node of the longest path from node 0 along matching nodes, lowest index among equals; -1 without a root."""
+    """The last node of the longest path of matching nodes from node 0, the lowest index among equals; -1 without root."""
     batch, nodes = parents.shape
     if nodes == 0:
         return torch.full((batch,), -1, dtype=torch.long, device=parents.device)
@@ -363,7 +368,7 @@ def tree_commit_kv_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Copies the accepted path into the cache: slot ``prefix_lens[b] + j`` = node ``path[b, j]`` for j = 0..num_accepted."""
+    """Copies the accepted path into the cache: slot ``prefix_lens[b] + j`` = node ``path[b, j]``, j = 0..num_accepted."""
     rows, places, nodes = _accepted(path, num_accepted)
     first, second, exists = _locate(k_cache, block_table, rows, prefix_lens[rows] + places)
     exists = exists & (nodes < k_tree.shape[1])
@@ -380,7 +385,7 @@ def tree_compact_kv_(
     num_accepted: Tensor,
     block_table: Tensor | None = None,
 ) -> None:
-    """Moves the accepted path together: slot ``prefix_lens[b] + j`` = slot ``prefix_lens[b] + path[b, j]``, j = 0..num_accepted.
+    """Closes the gaps of the accepted path: slot ``prefix_lens[b] + j`` = slot ``prefix_lens[b] + path[b, j]``.
 
     Everything is read before anything is written: the moves of one row may overlap.
     """
@@ -394,7 +399,7 @@ def tree_compact_kv_(
 
 
 def _accepted(path: Tensor, num_accepted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, place on the path, node) of every accepted node, as three lists; none of a row without a root, path[b, 0] = -1."""
+    """(row, place on the path, node) of every accepted node, as three lists. A row with path[b, 0] = -1 has none."""
     place = torch.arange(path.shape[1], device=path.device)
     chosen = (place <= num_accepted[:, None]) & (path >= 0) & (path[:, :1] >= 0)
     rows, places = chosen.nonzero(as_tuple=True)
