@@ -198,7 +198,7 @@ def tree_verify_typical(
     delta: float,
     uniforms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Typical acceptance (Medusa): a node is accepted if its parent is and ``p(token) > min(epsilon, delta * exp(-H))``.
+    """Typical acceptance (Medusa): accept a node if its parent is and ``p(token) > min(epsilon, delta * exp(-H))``.
 
     ``p = softmax(logits / temperature)`` after the parent; ``H = -sum p ln(p + 1e-5)``, Medusa's entropy in nats. The
     next token is the argmax (the lowest id among equals, NaN counts as -inf), or drawn from p at the last node by the
@@ -292,7 +292,7 @@ def _parent_index(parents: Tensor) -> Tensor:
 
 
 def _deepest(parents: Tensor, matches: Tensor) -> Tensor:
-    """The last node of the longest path of matching nodes from node 0, the lowest index among equals; -1 without root."""
+    """The last node of the longest path of matching nodes from node 0, the lowest index if several; -1 without root."""
     batch, nodes = parents.shape
     if nodes == 0:
         return torch.full((batch,), -1, dtype=torch.long, device=parents.device)
@@ -368,7 +368,7 @@ def tree_commit_kv_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Copies the accepted path into the cache: slot ``prefix_lens[b] + j`` = node ``path[b, j]``, j = 0..num_accepted."""
+    """Stores the accepted path in the cache: slot ``prefix_lens[b] + j`` = node ``path[b, j]``, j = 0..num_accepted."""
     rows, places, nodes = _accepted(path, num_accepted)
     first, second, exists = _locate(k_cache, block_table, rows, prefix_lens[rows] + places)
     exists = exists & (nodes < k_tree.shape[1])
