@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tree attention, verification and cache updates computed one path at a time, in float64 and plain Python.
+
+Written from the definitions, without a look at the reference: for every node, collect the keys on its way to the root and attend to them with
+plain softmax; for every verification, list all root-to-leaf paths.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def array(x: Tensor) -> np.ndarray:
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.float8_e4m3fn else x).double().numpy()
+
+
+def way_up(parents: list[int], node: int) -> list[int]:
+    """The node, its parent, ..., its root; nothing for padding."""
+    way = []
+    while node >= 0 and parents[node] != -2:
+        way.append(node)
+        node = parents[node]
+    return way
+
+
+def cached(cache: Tensor, block_table: Tensor | None, row: int, slots: list[int]) -> np.ndarray:
+    """``[len(slots), Hk, D]`` float64."""
+    stored = array(cache if block_table is not None else cache[row])
+    if block_table is not None:
+        page = cache.shape[1]
+        table = block_table[row].tolist()
+        return stored[[table[s // page] for s in slots], [s % page for s in slots]]
+    return stored[slots]
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prefix_lens: Tensor,
+    parents: Tensor,
+    *,
+    k_tree: Tensor | None = None,
+    v_tree: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, nodes, heads, size = q.shape
+    kv_heads, value_size = v_cache.shape[2], v_cache.shape[3]
+    group = heads // kv_heads
+    out = np.zeros((batch, nodes, heads, value_size))
+    lse = np.full((batch, heads, nodes), -np.inf)
+    factor = 1 / math.sqrt(size) if scale is None else scale
+    queries = array(q)
+    for b in range(batch):
+        prefix, tree = int(prefix_lens[b]), parents[b].tolist()
+        keys, values = (
+            np.concatenate(
+                [
+                    cached(cache, block_table, b, list(range(prefix)))
+                    * (1 if cache_scale is None else array(cache_scale)[:, None]),
+                    array(own[b])
+                    if own is not None
+                    else cached(cache, block_table, b, list(range(prefix, prefix + nodes)))
+                    * (1 if cache_scale is None else array(cache_scale)[:, None]),
+                ]
+            )
+            for cache, own, cache_scale in ((k_cache, k_tree, k_scale), (v_cache, v_tree, v_scale))
+        )
+        for i in range(nodes):
+            way = way_up(tree, i)[::-1]
+            # Seen as a plain sequence: the prefix, then the path. The window keeps its last `window` tokens.
+            sequence = list(range(prefix)) + [prefix + node for node in way]
+            if not way:
+                continue
+            if window:
+                sequence = sequence[-window:]
+            for h in range(heads):
+                score = factor * (keys[sequence, h // group] @ queries[b, i, h])
+                if softcap:
+                    score = softcap * np.tanh(score / softcap)
+                terms = score if sinks is None else np.append(score, array(sinks)[h])
+                top = terms.max()
+                lse[b, h, i] = top + np.log(np.exp(terms - top).sum())
+                out[b, i, h] = np.exp(score - lse[b, h, i]) @ values[sequence, h // group]
+    return torch.from_numpy(out), torch.from_numpy(lse)
+
+
+def plain_formula(dtype: torch.dtype, backwards: bool, q: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_lens: Tensor,
+                  parents: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """What a PyTorch user would write, computed in ``dtype`` with keys in the given or in the reverse order."""
+    batch, nodes, heads, size = q.shape
+    group = heads // v_cache.shape[2]
+    outs, lses = [], []
+    for b in range(batch):
+        prefix, tree = int(prefix_lens[b]), parents[b].tolist()
+        sides = []
+        for cache, own, scale in (
+            (k_cache, options.get("k_tree"), options.get("k_scale")),
+            (v_cache, options.get("v_tree"), options.get("v_scale")),
+        ):
+            slots = list(range(prefix if own is not None else prefix + nodes))
+            side = torch.from_numpy(cached(cache, options.get("block_table"), b, slots))
+            side = side if scale is None else side * scale.detach().cpu().double()[:, None]
+            side = side if own is None else torch.cat([side, own[b].detach().cpu().double()])
+            sides.append(side.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1))
+        visible = torch.zeros(nodes, prefix + nodes, dtype=torch.bool)
+        for i in range(nodes):
+            sequence = list(range(prefix)) + [prefix + node for node in way_up(tree, i)[::-1]]
+            if way_up(tree, i):
+                visible[i, sequence[-options.get("window", 0) :]] = True
+        order = torch.arange(prefix + nodes)
+        order = order.flip(0) if backwards else order
+        keys, values, visible = sides[0][:, order], sides[1][:, order], visible[:, order]
+        factor = options.get("scale")
+        factor = 1 / math.sqrt(size) if factor is None else factor
+        scores = (q[b].detach().cpu().to(dtype).transpose(0, 1) @ keys.transpose(1, 2)) * factor
+        if options.get("softcap"):
+            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+        scores = scores.masked_fill(~visible, -math.inf)
+        if options.get("sinks") is not None:
+            sink = options["sinks"].detach().cpu().to(dtype)[:, None, None].expand(-1, nodes, 1)
+            scores = torch.cat([scores, sink], -1)
+            values = torch.cat([values, values.new_zeros(heads, 1, values.shape[-1])], 1)
+        outs.append((scores.softmax(-1) @ values).nan_to_num(0.0).transpose(0, 1))
+        lses.append(scores.logsumexp(-1))
+    if not outs:
+        return q.detach().cpu().new_zeros(0, nodes, heads, v_cache.shape[-1]), torch.zeros(0, heads, nodes)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def paths(parents: list[int]) -> list[list[int]]:
+    """Every way from the root, node 0, down to some node."""
+    if not parents or parents[0] != -1:
+        return []
+    ways = [way_up(parents, node)[::-1] for node in range(len(parents))]
+    return [way for way in ways if way and way[0] == 0]
+
+
+def report(draft: list[int], path: list[int], final: int) -> tuple[list[int], int, list[int]]:
+    """(path, num_accepted, tokens) of one row as the ops return them."""
+    nodes = len(draft)
+    if not path:
+        return [-1] * nodes, 0, [-1] * nodes
+    tokens = [draft[node] for node in path[1:]] + [final]
+    return path + [-1] * (nodes - len(path)), len(path) - 1, tokens + [-1] * (nodes - len(tokens))
+
+
+def longest(ways: list[list[int]], accepts: object) -> list[int]:
+    """The longest path all of whose steps (parent, node) are accepted; the lowest last node among equals."""
+    accepted = [way for way in ways if all(accepts(a, b) for a, b in zip(way, way[1:], strict=False))]
+    return max(accepted, key=lambda way: (len(way), -way[-1]), default=[])
+
+
+def verify_greedy(draft: list[int], target: list[int], parents: list[int]) -> tuple[list[int], int, list[int]]:
+    way = longest(paths(parents), lambda a, b: draft[b] == target[a])
+    return report(draft, way, target[way[-1]] if way else -1)
+
+
+def typical_margin(probabilities: np.ndarray, token: int, epsilon: float, delta: float) -> float:
+    """``p(token) - min(epsilon, delta * exp(-H))`` with Medusa's entropy; relative to the threshold."""
+    entropy = -sum(p * math.log(p + 1e-5) for p in probabilities.tolist())
+    threshold = min(epsilon, delta * math.exp(-entropy))
+    return (probabilities[token] - threshold) / threshold
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max())
+    return e / e.sum()
+
+
+def draw(mass: list[float], u: float) -> tuple[int, float]:
+    """The token of the inverse CDF and the distance of u from the nearest step of the CDF."""
+    total, reached, margin, token = math.fsum(mass), 0.0, 1.0, -1
+    for x, m in enumerate(mass):
+        if m <= 0:
+            continue
+        reached += m / total
+        margin = min(margin, abs(reached - u)) if reached < 1 - 1e-12 else margin
+        if token < 0 and reached > u:
+            token = x
+    return token, margin
+
+
+def verify_sampling(
+    draft: list[int],
+    target: list[list[float]],
+    parents: list[int],
+    uniforms: list[float],
+    proposals: list[list[float]] | None,
+    replacement: bool,
+) -> tuple[tuple[list[int], int, list[int]], float]:
+    """One row, and how far the closest decision was from going the other way."""
+    nodes, margin = len(draft), 1.0
+    if not parents or parents[0] != -1:
+        return report(draft, [], -1), margin
+    path = [0]
+    while True:
+        here = path[-1]
+        p = [m / math.fsum(target[here]) for m in target[here]]
+        q = [m / math.fsum(proposals[here]) for m in proposals[here]] if proposals else None
+        for child in [c for c in range(nodes) if parents[c] == here]:
+            x = draft[child]
+            if not 0 <= x < len(p):
+                continue
+            ratio = p[x] / q[x] if q else p[x]
+            margin = min(margin, abs(ratio - uniforms[child])) if ratio > 0 else margin
+            if uniforms[child] < ratio:
+                path.append(child)
+                break
+            # One-hot proposals are the special case q(x) = 1: p(x) - q(x) <= 0 leaves p without x.
+            p = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)] if q else [0.0 if t == x else a for t, a in enumerate(p)]
+            p = [m / math.fsum(p) for m in p]
+            if q and not replacement:
+                q = [0.0 if t == x else m for t, m in enumerate(q)]
+                q = [m / math.fsum(q) for m in q]
+        else:
+            final, step = draw(p, uniforms[nodes])
+            return report(draft, path, final), min(margin, step)
