@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import torch_kernels
+from torch_kernels import _registry
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -42,10 +45,30 @@ ON_CUDA = (
 
 
 def testing_backends() -> list[Backend]:
-    """All backends that serve this machine's device, or exactly those named in TORCH_KERNELS_TEST_BACKENDS."""
+    """The backends of this build that serve this machine's device, or exactly those named in TORCH_KERNELS_TEST_BACKENDS."""
     candidates = {backend.name: backend for backend in (ON_CUDA if torch.cuda.is_available() else ON_CPU)}
     wanted = os.environ.get("TORCH_KERNELS_TEST_BACKENDS")
     if wanted:
         return [candidates[name] for name in wanted.split(",")]
-    available = torch_kernels.backends()
-    return [backend for name, backend in candidates.items() if name in available]
+    return [backend for backend in candidates.values() if serves(backend)]
+
+
+def serves(backend: Backend) -> bool:
+    try:
+        backend("tree_mask", torch.tensor([[-1]], dtype=torch.int32, device=backend.device))
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def unchecked(op: str) -> Iterator[None]:
+    """Lets garbage in index tensors through to the kernel, as an unvalidated call on a GPU does."""
+    declared = _registry.OPS[op]
+    validate, declared.validate = declared.validate, None
+    declared._plans.clear()
+    try:
+        yield
+    finally:
+        declared.validate = validate
+        declared._plans.clear()

@@ -70,7 +70,9 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     args: dict[str, Any] = {"q": normal(batch, case.nodes, heads, case.head_size).to(case.dtype)}
     page = case.page or slots
     pages = -(-slots // case.page) if case.page else 1
-    order = torch.randperm(batch * pages + 2, generator=generator)[: batch * pages].reshape(batch, pages)
+    # The same values whatever the page size: pages are shuffled by a generator of their own.
+    order = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(case.seed))
+    order = order[: batch * pages].reshape(batch, pages)
     for name, size in (("k_cache", case.head_size), ("v_cache", case.value_size)):
         step = {torch.int8: 127 / 4, FP8: 448 / 4}.get(cache_dtype, 1.0)
         content = (normal(batch, slots, case.kv_heads, size) * step).clamp(-4 * step, 4 * step)
@@ -80,9 +82,8 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
             bits(cache)[b, :n] = bits(content[b, :n].to(cache_dtype))
         if case.page:
             pool = unused((batch * pages + 2, page, case.kv_heads, size), cache_dtype)
-            for b in range(batch):
-                for s in range(slots):
-                    bits(pool)[order[b, s // page], s % page] = bits(cache)[b, s]
+            slot = torch.arange(slots)
+            bits(pool)[order[:, slot // page], slot % page] = bits(cache)
             cache = pool
         args[name] = cache
     args["prefix_lens"] = torch.tensor(case.prefixes, dtype=case.index_dtype)
@@ -95,7 +96,9 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     if quantised:
         shape = (case.kv_heads,) if case.scale_per_head else (1,)
         for name in ("k_scale", "v_scale"):
-            args[name] = ((1 + torch.rand(shape, generator=generator)) / (127 / 4 if cache_dtype == torch.int8 else 448 / 4)).float()
+            args[name] = (
+                (1 + torch.rand(shape, generator=generator)) / (127 / 4 if cache_dtype == torch.int8 else 448 / 4)
+            ).float()
     if case.page:
         # Entries behind the used pages are anything at all.
         for b, n in enumerate(used):

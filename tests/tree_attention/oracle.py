@@ -57,86 +57,95 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     batch, nodes, heads, size = q.shape
     kv_heads, value_size = v_cache.shape[2], v_cache.shape[3]
-    group = heads // kv_heads
     out = np.zeros((batch, nodes, heads, value_size))
     lse = np.full((batch, heads, nodes), -np.inf)
     factor = 1 / math.sqrt(size) if scale is None else scale
-    queries = array(q)
+    sink = None if sinks is None else array(sinks).reshape(kv_heads, -1, 1)
     for b in range(batch):
         prefix, tree = int(prefix_lens[b]), parents[b].tolist()
-        keys, values = (
-            np.concatenate(
-                [
-                    cached(cache, block_table, b, list(range(prefix)))
-                    * (1 if cache_scale is None else array(cache_scale)[:, None]),
-                    array(own[b])
-                    if own is not None
-                    else cached(cache, block_table, b, list(range(prefix, prefix + nodes)))
-                    * (1 if cache_scale is None else array(cache_scale)[:, None]),
-                ]
-            )
-            for cache, own, cache_scale in ((k_cache, k_tree, k_scale), (v_cache, v_tree, v_scale))
-        )
+        keys = row_of(b, prefix, nodes, k_cache, k_tree, k_scale, block_table)
+        values = row_of(b, prefix, nodes, v_cache, v_tree, v_scale, block_table)
         for i in range(nodes):
             way = way_up(tree, i)[::-1]
-            # Seen as a plain sequence: the prefix, then the path. The window keeps its last `window` tokens.
-            sequence = list(range(prefix)) + [prefix + node for node in way]
             if not way:
                 continue
-            if window:
-                sequence = sequence[-window:]
-            for h in range(heads):
-                score = factor * (keys[sequence, h // group] @ queries[b, i, h])
-                if softcap:
-                    score = softcap * np.tanh(score / softcap)
-                terms = score if sinks is None else np.append(score, array(sinks)[h])
-                top = terms.max()
-                lse[b, h, i] = top + np.log(np.exp(terms - top).sum())
-                out[b, i, h] = np.exp(score - lse[b, h, i]) @ values[sequence, h // group]
+            # Seen as a plain sequence: the prefix, then the path. A window keeps the last tokens of that sequence.
+            sequence = list(range(prefix)) + [prefix + node for node in way]
+            sequence = sequence[-window:] if window else sequence
+            query = array(q[b, i]).reshape(kv_heads, -1, size)
+            score = factor * (query @ keys[sequence].transpose(1, 2, 0))  # [Hk, G, n]
+            if softcap:
+                score = softcap * np.tanh(score / softcap)
+            terms = score if sink is None else np.concatenate([score, sink], axis=2)
+            top = terms.max(axis=2, keepdims=True)
+            total = top + np.log(np.exp(terms - top).sum(axis=2, keepdims=True))
+            lse[b, :, i] = total.reshape(heads)
+            out[b, i] = (np.exp(score - total) @ values[sequence].transpose(1, 0, 2)).reshape(heads, value_size)
     return torch.from_numpy(out), torch.from_numpy(lse)
 
 
-def plain_formula(dtype: torch.dtype, backwards: bool, q: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_lens: Tensor,
-                  parents: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    """What a PyTorch user would write, computed in ``dtype`` with keys in the given or in the reverse order."""
+def row_of(
+    b: int, prefix: int, nodes: int, cache: Tensor, own: Tensor | None, scale: Tensor | None, block_table: Tensor | None
+) -> np.ndarray:
+    """Keys or values of one row, prefix first and then all nodes: ``[prefix + T, Hk, D]`` float64."""
+    stored = cached(cache, block_table, b, list(range(prefix if own is not None else prefix + nodes)))
+    stored = stored if scale is None else stored * array(scale)[:, None]
+    return stored if own is None else np.concatenate([stored, array(own[b])])
+
+
+def plain_formula(
+    dtype: torch.dtype,
+    backwards: bool,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prefix_lens: Tensor,
+    parents: Tensor,
+    *,
+    k_tree: Tensor | None = None,
+    v_tree: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a PyTorch user would write, computed in ``dtype``; ``backwards`` adds everything up in the reverse order."""
     batch, nodes, heads, size = q.shape
     group = heads // v_cache.shape[2]
-    outs, lses = [], []
+    factor = 1 / math.sqrt(size) if scale is None else scale
+    out = torch.zeros(batch, nodes, heads, v_cache.shape[3], dtype=dtype)
+    lse = torch.full((batch, heads, nodes), -math.inf, dtype=dtype)
     for b in range(batch):
         prefix, tree = int(prefix_lens[b]), parents[b].tolist()
-        sides = []
-        for cache, own, scale in (
-            (k_cache, options.get("k_tree"), options.get("k_scale")),
-            (v_cache, options.get("v_tree"), options.get("v_scale")),
-        ):
-            slots = list(range(prefix if own is not None else prefix + nodes))
-            side = torch.from_numpy(cached(cache, options.get("block_table"), b, slots))
-            side = side if scale is None else side * scale.detach().cpu().double()[:, None]
-            side = side if own is None else torch.cat([side, own[b].detach().cpu().double()])
-            sides.append(side.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1))
+        keys, values = (
+            torch.from_numpy(row_of(b, prefix, nodes, cache, own, cache_scale, block_table))
+            .to(dtype)
+            .repeat_interleave(group, dim=1)
+            .transpose(0, 1)
+            for cache, own, cache_scale in ((k_cache, k_tree, k_scale), (v_cache, v_tree, v_scale))
+        )
         visible = torch.zeros(nodes, prefix + nodes, dtype=torch.bool)
         for i in range(nodes):
-            sequence = list(range(prefix)) + [prefix + node for node in way_up(tree, i)[::-1]]
-            if way_up(tree, i):
-                visible[i, sequence[-options.get("window", 0) :]] = True
-        order = torch.arange(prefix + nodes)
-        order = order.flip(0) if backwards else order
-        keys, values, visible = sides[0][:, order], sides[1][:, order], visible[:, order]
-        factor = options.get("scale")
-        factor = 1 / math.sqrt(size) if factor is None else factor
-        scores = (q[b].detach().cpu().to(dtype).transpose(0, 1) @ keys.transpose(1, 2)) * factor
-        if options.get("softcap"):
-            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+            way = way_up(tree, i)[::-1]
+            sequence = list(range(prefix)) + [prefix + node for node in way]
+            visible[i, sequence[-window:] if way else []] = True
+        query = q[b].detach().cpu().to(dtype).transpose(0, 1)
+        if backwards:
+            keys, values, visible, query = keys.flip(1, 2), values.flip(1), visible.flip(1), query.flip(2)
+        scores = (query @ keys.transpose(1, 2)) * factor
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible, -math.inf)
-        if options.get("sinks") is not None:
-            sink = options["sinks"].detach().cpu().to(dtype)[:, None, None].expand(-1, nodes, 1)
+        if sinks is not None:
+            sink = sinks.detach().cpu().to(dtype)[:, None, None].expand(-1, nodes, 1)
             scores = torch.cat([scores, sink], -1)
             values = torch.cat([values, values.new_zeros(heads, 1, values.shape[-1])], 1)
-        outs.append((scores.softmax(-1) @ values).nan_to_num(0.0).transpose(0, 1))
-        lses.append(scores.logsumexp(-1))
-    if not outs:
-        return q.detach().cpu().new_zeros(0, nodes, heads, v_cache.shape[-1]), torch.zeros(0, heads, nodes)
-    return torch.stack(outs), torch.stack(lses)
+        out[b] = (scores.softmax(-1) @ values).transpose(0, 1)
+        lse[b] = scores.logsumexp(-1)
+    return out, lse
 
 
 def paths(parents: list[int]) -> list[list[int]]:
@@ -219,7 +228,11 @@ def verify_sampling(
                 path.append(child)
                 break
             # One-hot proposals are the special case q(x) = 1: p(x) - q(x) <= 0 leaves p without x.
-            p = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)] if q else [0.0 if t == x else a for t, a in enumerate(p)]
+            p = (
+                [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+                if q
+                else [0.0 if t == x else a for t, a in enumerate(p)]
+            )
             p = [m / math.fsum(p) for m in p]
             if q and not replacement:
                 q = [0.0 if t == x else m for t, m in enumerate(q)]
