@@ -3,6 +3,10 @@ from __future__ import annotations
 
 import os
 
+# One thread a process: pools that spin against each other are slower than no pool.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
 import hypothesis
 import pytest
 import torch
@@ -22,11 +26,7 @@ hypothesis.settings.register_profile("nightly", max_examples=1000, **COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Under pytest-xdist every worker is a process of its own; two pools on all cores would fight.
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
@@ -36,3 +36,9 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session", params=testing_backends(), ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def any_backend() -> Backend:
+    """For what all backends share: checks, registration."""
+    return testing_backends()[0]

@@ -180,25 +180,12 @@ def typical_margin(probabilities: np.ndarray, token: int, epsilon: float, delta:
     """``p(token) - min(epsilon, delta * exp(-H))`` with Medusa's entropy; relative to the threshold."""
     entropy = -sum(p * math.log(p + 1e-5) for p in probabilities.tolist())
     threshold = min(epsilon, delta * math.exp(-entropy))
-    return (probabilities[token] - threshold) / threshold
+    return (probabilities[token] - threshold) / max(threshold, 1e-30)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     e = np.exp(logits - logits.max())
     return e / e.sum()
-
-
-def draw(mass: list[float], u: float) -> tuple[int, float]:
-    """The token of the inverse CDF and the distance of u from the nearest step of the CDF."""
-    total, reached, margin, token = math.fsum(mass), 0.0, 1.0, -1
-    for x, m in enumerate(mass):
-        if m <= 0:
-            continue
-        reached += m / total
-        margin = min(margin, abs(reached - u)) if reached < 1 - 1e-12 else margin
-        if token < 0 and reached > u:
-            token = x
-    return token, margin
 
 
 def verify_sampling(
@@ -208,35 +195,32 @@ def verify_sampling(
     uniforms: list[float],
     proposals: list[list[float]] | None,
     replacement: bool,
-) -> tuple[tuple[list[int], int, list[int]], float]:
-    """One row, and how far the closest decision was from going the other way."""
-    nodes, margin = len(draft), 1.0
+) -> tuple[list[int], np.ndarray, float]:
+    """One row: the path, the distribution of the final token, and how close the closest acceptance was to going the other way."""
+    margin = 1.0
     if not parents or parents[0] != -1:
-        return report(draft, [], -1), margin
+        return [], np.zeros(0), margin
     path = [0]
     while True:
         here = path[-1]
-        p = [m / math.fsum(target[here]) for m in target[here]]
-        q = [m / math.fsum(proposals[here]) for m in proposals[here]] if proposals else None
-        for child in [c for c in range(nodes) if parents[c] == here]:
+        p = np.array(target[here], dtype=np.float64)
+        p /= p.sum()
+        q = None if proposals is None else np.array(proposals[here], dtype=np.float64)
+        q = q if q is None else q / q.sum()
+        for child in [c for c, parent in enumerate(parents) if parent == here]:
             x = draft[child]
             if not 0 <= x < len(p):
                 continue
-            ratio = p[x] / q[x] if q else p[x]
+            proposal = np.eye(len(p))[x] if q is None else q
+            ratio = p[x] / proposal[x]
             margin = min(margin, abs(ratio - uniforms[child])) if ratio > 0 else margin
             if uniforms[child] < ratio:
                 path.append(child)
                 break
-            # One-hot proposals are the special case q(x) = 1: p(x) - q(x) <= 0 leaves p without x.
-            p = (
-                [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
-                if q
-                else [0.0 if t == x else a for t, a in enumerate(p)]
-            )
-            p = [m / math.fsum(p) for m in p]
-            if q and not replacement:
-                q = [0.0 if t == x else m for t, m in enumerate(q)]
-                q = [m / math.fsum(q) for m in q]
+            p = np.maximum(p - proposal, 0) if q is not None else np.where(np.arange(len(p)) == x, 0, p)
+            p /= p.sum()
+            if q is not None and not replacement:
+                q[x] = 0
+                q /= q.sum()
         else:
-            final, step = draw(p, uniforms[nodes])
-            return report(draft, path, final), min(margin, step)
+            return path, p, margin

@@ -184,3 +184,15 @@ def test_outputs_are_filled_and_nothing_else_is(backend: Backend, cache_dtype: t
         assert_same(actual, expected)
         for name, x in before.items():
             assert_bitwise(f"input {name}", guarded[name], x)
+
+
+def test_number_of_threads_changes_nothing(backend: Backend) -> None:
+    if backend.name == "reference":
+        pytest.skip("torch's own matmul promises no such thing")
+    args = make(Case(prefixes=(300, 5, 64), nodes=17, group=4, sinks=True), backend.device)
+    expected = run(backend, args)
+    torch.set_num_threads(3)
+    try:
+        assert_same(run(backend, args), expected)
+    finally:
+        torch.set_num_threads(1)
