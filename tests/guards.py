@@ -14,7 +14,13 @@ from torch import Tensor
 from .strategies import bits
 
 BAND = 64  # elements before and after
-POISON = {torch.bool: True, torch.float32: math.nan, torch.float16: math.nan, torch.bfloat16: math.nan, torch.float64: math.nan}
+POISON = {
+    torch.bool: True,
+    torch.float32: math.nan,
+    torch.float16: math.nan,
+    torch.bfloat16: math.nan,
+    torch.float64: math.nan,
+}
 
 
 class Guards:

@@ -69,7 +69,9 @@ def make(backend: Backend, seed: int, *, dtype: torch.dtype, page: int = 0, layo
         accepted.append(max(len(way) - 1, 0))
     pages = -(-slots // page) if page else 0
     shape = (batch * pages + 1, page) if page else (batch, slots)
-    table = torch.randperm(batch * pages + 1, generator=generator)[: batch * pages].reshape(batch, pages) if page else None
+    table = (
+        torch.randperm(batch * pages + 1, generator=generator)[: batch * pages].reshape(batch, pages) if page else None
+    )
 
     def numbers(*lead: int, size: int, kind: torch.dtype) -> Tensor:
         x = 4 * torch.randn(*lead, heads, size, generator=generator)
@@ -100,7 +102,11 @@ def expected(cache: Cache, kind: str) -> tuple[Tensor, Tensor]:
             prefix = int(cache.prefix_lens[b])
             for j in range(int(cache.num_accepted[b]) + 1):
                 node = int(cache.path[b, j])
-                source = getattr(cache, f"{name}_tree")[b, node] if kind == "commit" else before[cache.slot(b, prefix + node)]
+                source = (
+                    getattr(cache, f"{name}_tree")[b, node]
+                    if kind == "commit"
+                    else before[cache.slot(b, prefix + node)]
+                )
                 bits(after)[cache.slot(b, prefix + j)] = bits(source)
         result.append(after)
     return result[0], result[1]
@@ -133,7 +139,9 @@ def test_compact(backend: Backend, data: st.DataObject, options: dict, seed: int
     k, v = expected(cache, "compact")
     cache.compact(backend)
     for b, (prefix, count) in enumerate(zip(cache.prefix_lens.tolist(), cache.num_accepted.tolist(), strict=True)):
-        if options["nodes"] and int(cache.path[b, 0]) == 0:  # unspecified: the slots of the tree behind the accepted path
+        if (
+            options["nodes"] and int(cache.path[b, 0]) == 0
+        ):  # unspecified: the slots of the tree behind the accepted path
             for s in range(prefix + count + 1, prefix + options["nodes"]):
                 bits(k)[cache.slot(b, s)] = bits(cache.k_cache)[cache.slot(b, s)]
                 bits(v)[cache.slot(b, s)] = bits(cache.v_cache)[cache.slot(b, s)]
@@ -152,7 +160,9 @@ def test_compact_survives_overlapping_moves(backend: Backend) -> None:
             k_cache, v_cache = numbers.clone(), -numbers
             backend("tree_compact_kv_", k_cache, v_cache, two, path, two)
             for cache, sign in ((k_cache, 1), (v_cache, -1)):
-                assert (sign * cache[:, :5] == torch.tensor([0.0, 1, 2, 4, 5], device=backend.device).view(1, 5, 1, 1)).all()
+                assert (
+                    sign * cache[:, :5] == torch.tensor([0.0, 1, 2, 4, 5], device=backend.device).view(1, 5, 1, 1)
+                ).all()
                 assert (sign * cache[:, 6] == 6).all()
 
 
@@ -169,8 +179,12 @@ def test_commit_and_compact_agree(backend: Backend, seed: int, page: int) -> Non
     beside.commit(backend)
     for b, (prefix, count) in enumerate(zip(inside.prefix_lens.tolist(), inside.num_accepted.tolist(), strict=True)):
         for s in range(prefix + count + 1 if int(inside.path[b, 0]) == 0 else prefix):
-            assert_bitwise(f"k of row {b} slot {s}", inside.k_cache[inside.slot(b, s)], beside.k_cache[beside.slot(b, s)])
-            assert_bitwise(f"v of row {b} slot {s}", inside.v_cache[inside.slot(b, s)], beside.v_cache[beside.slot(b, s)])
+            assert_bitwise(
+                f"k of row {b} slot {s}", inside.k_cache[inside.slot(b, s)], beside.k_cache[beside.slot(b, s)]
+            )
+            assert_bitwise(
+                f"v of row {b} slot {s}", inside.v_cache[inside.slot(b, s)], beside.v_cache[beside.slot(b, s)]
+            )
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.int8, FP8], ids=["int8", "fp8"])

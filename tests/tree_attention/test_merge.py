@@ -15,7 +15,16 @@ from ..backends import Backend
 from ..strategies import lay_out, seeds
 from ..tolerance import assert_accurate, assert_bitwise, ulp
 
-SHAPES = [(2, 3, 4, 8), (5, 2, 16), (0, 2, 8), (1, 1, 1, 1), (2, 0, 3, 8), (3, 2, 7, 5, 40), (33, 8, 128), (2, 65, 3, 96)]
+SHAPES = [
+    (2, 3, 4, 8),
+    (5, 2, 16),
+    (0, 2, 8),
+    (1, 1, 1, 1),
+    (2, 0, 3, 8),
+    (3, 2, 7, 5, 40),
+    (33, 8, 128),
+    (2, 65, 3, 96),
+]
 LAYOUTS = ("contiguous", "transposed", "sliced", "misaligned", "strided")
 
 

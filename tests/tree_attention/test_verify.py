@@ -81,7 +81,11 @@ def test_typical(
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(batch, nodes, vocabulary, generator=generator)
     # Likely tokens, so that some are accepted, and impossible ones, which never are.
-    draft = (logits + torch.randn(logits.shape, generator=generator)).argmax(-1) if nodes else torch.zeros(batch, 0, dtype=I64)
+    draft = (
+        (logits + torch.randn(logits.shape, generator=generator)).argmax(-1)
+        if nodes
+        else torch.zeros(batch, 0, dtype=I64)
+    )
     draft = draft.roll(1, 1).where(torch.rand(batch, nodes, generator=generator) < 0.9, vocabulary + 3)
     uniforms = torch.rand(batch, nodes + 1, generator=generator) if sampled else None
     rows = trees(batch, nodes, seed)
@@ -174,12 +178,19 @@ def test_sampling_decisions(
         assert torch.equal(x, y)
     for b in range(batch):
         way, mass, margin = oracle.verify_sampling(
-            draft[b].tolist(), target[b].tolist(), rows[b], uniforms[b].tolist(), q if q is None else q[b].tolist(), mode != "without"
+            draft[b].tolist(),
+            target[b].tolist(),
+            rows[b],
+            uniforms[b].tolist(),
+            q if q is None else q[b].tolist(),
+            mode != "without",
         )
         if margin < 1e-4:
             continue
         path, num_accepted, tokens = as_lists(result, b)
-        assert (path, num_accepted, tokens) == oracle.report(draft[b].tolist(), way, tokens[num_accepted] if way else -1)
+        assert (path, num_accepted, tokens) == oracle.report(
+            draft[b].tolist(), way, tokens[num_accepted] if way else -1
+        )
         if way:
             assert_drawn(tokens[num_accepted], mass, float(uniforms[b, nodes]))
 
@@ -211,16 +222,30 @@ def test_a_certain_token_is_always_accepted(backend: Backend) -> None:
 
 VOCABULARY = 5
 TARGET = torch.tensor(
-    [[0.05, 0.3, 0.0, 0.4, 0.25], [0.5, 0.1, 0.1, 0.1, 0.2], [0.2] * 5, [0.1, 0.2, 0.3, 0.4, 0.0], [0.7, 0.0, 0.1, 0.1, 0.1]]
+    [
+        [0.05, 0.3, 0.0, 0.4, 0.25],
+        [0.5, 0.1, 0.1, 0.1, 0.2],
+        [0.2] * 5,
+        [0.1, 0.2, 0.3, 0.4, 0.0],
+        [0.7, 0.0, 0.1, 0.1, 0.1],
+    ]
 )
 PROPOSAL = torch.tensor(
-    [[0.3, 0.3, 0.2, 0.1, 0.1], [0.1, 0.5, 0.2, 0.1, 0.1], [0.4, 0.3, 0.1, 0.1, 0.1], [0.2] * 5, [0.1, 0.1, 0.1, 0.1, 0.6]]
+    [
+        [0.3, 0.3, 0.2, 0.1, 0.1],
+        [0.1, 0.5, 0.2, 0.1, 0.1],
+        [0.4, 0.3, 0.1, 0.1, 0.1],
+        [0.2] * 5,
+        [0.1, 0.1, 0.1, 0.1, 0.6],
+    ]
 )
 PARENTS = [-1, 0, 0, 0, 1, 1]
 ALARM = 30.0  # chi-square with 4 degrees of freedom exceeds this once in 200,000
 
 
-def experiment(backend: Backend, mode: str, *, drawn_from: Tensor = PROPOSAL, declared: str | None = None) -> list[float]:
+def experiment(
+    backend: Backend, mode: str, *, drawn_from: Tensor = PROPOSAL, declared: str | None = None
+) -> list[float]:
     """Chi-square statistics of the first token and of the second after each accepted first one."""
     batch = 40_000
     generator = torch.Generator().manual_seed(7)
