@@ -94,21 +94,23 @@ def tree_attention(
             position = torch.cat([torch.arange(prefix, device=q.device), prefix + depth[b]])
             visible &= position[prefix:, None] - position < window
 
+        # All query heads of a key head side by side: [Hk, G*T, N].
         queries = q[b].to(accumulate).reshape(nodes, kv_heads, group, head_size).permute(1, 2, 0, 3)
-        scores = scale * (queries @ keys.permute(1, 2, 0)[:, None])  # [Hk, G, T, N]
+        scores = scale * (queries.reshape(kv_heads, group * nodes, head_size) @ keys.permute(1, 2, 0))
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible, -math.inf)
+        scores = scores.masked_fill(~visible.repeat(group, 1), -math.inf)
 
         # A sink is one more key, without a value; without sinks its score is -inf.
         sink = scores.new_full((query_heads,), -math.inf) if sinks is None else sinks.to(accumulate)
-        sink = sink.reshape(kv_heads, group, 1, 1).expand(-1, -1, nodes, 1).masked_fill(~is_node[:, None], -math.inf)
-        scores = torch.cat([scores, sink], dim=-1)
+        sink = sink[:, None].expand(-1, nodes).masked_fill(~is_node, -math.inf)
+        scores = torch.cat([scores, sink.reshape(kv_heads, group * nodes, 1)], dim=-1)
         row_lse = torch.logsumexp(scores, dim=-1, keepdim=True)
         weights = torch.softmax(scores, dim=-1).masked_fill(row_lse == -math.inf, 0)[..., :-1]
 
-        row_out = _weighted_sum(weights, visible, values.transpose(0, 1)[:, None])
-        out[b] = row_out.permute(2, 0, 1, 3).reshape(nodes, query_heads, value_size).to(q.dtype)
+        row_out = _weighted_sum(weights, visible.repeat(group, 1), values.transpose(0, 1))
+        row_out = row_out.reshape(query_heads, nodes, value_size)
+        out[b] = row_out.transpose(0, 1).to(q.dtype)
         lse[b] = row_lse.reshape(query_heads, nodes).to(torch.float32)
     return out, lse
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends this machine can test. One suite runs on each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import torch_kernels
+from torch_kernels import _registry
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    slow: bool = False  # interpreted or emulated: tests draw smaller sizes
+
+    def __call__(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls ``torch.ops.kernels.<op>`` on this backend."""
+        with torch_kernels.use_backend(self.name):
+            return getattr(torch.ops.kernels, op)(*args, **kwargs)
+
+
+ON_CPU = (
+    Backend("cpu", "cpu", (F32, F16, BF16, F64)),
+    Backend("reference", "cpu", (F32, F16, BF16, F64)),
+    Backend("emulator", "cpu", (F32, F16, BF16), slow=True),
+    # Triton's interpreter computes bf16 wrongly by design.
+    Backend("triton", "cpu", (F32, F16), slow=True),
+)
+ON_CUDA = (
+    Backend("cuda", "cuda", (F32, F16, BF16)),
+    Backend("triton", "cuda", (F32, F16, BF16)),
+    Backend("reference", "cuda", (F32, F16, BF16)),
+)
+
+
+def testing_backends() -> list[Backend]:
+    """The backends of this build that serve this machine's device, or exactly those named in TORCH_KERNELS_TEST_BACKENDS."""
+    candidates = {backend.name: backend for backend in (ON_CUDA if torch.cuda.is_available() else ON_CPU)}
+    wanted = os.environ.get("TORCH_KERNELS_TEST_BACKENDS")
+    if wanted:
+        return [candidates[name] for name in wanted.split(",")]
+    return [backend for backend in candidates.values() if serves(backend)]
+
+
+def serves(backend: Backend) -> bool:
+    try:
+        backend("tree_mask", torch.tensor([[-1]], dtype=torch.int32, device=backend.device))
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def unchecked(op: str) -> Iterator[None]:
+    """Lets garbage in index tensors through to the kernel, as an unvalidated call on a GPU does."""
+    declared = _registry.OPS[op]
+    validate, declared.validate = declared.validate, None
+    declared._plans.clear()
+    try:
+        yield
+    finally:
+        declared.validate = validate
+        declared._plans.clear()

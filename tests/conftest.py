@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+
+# One thread a process: pools that spin against each other are slower than no pool.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import hypothesis
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from .backends import Backend, testing_backends  # noqa: E402  (Triton reads the variable when it is imported)
+
+COMMON = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+}
+hypothesis.settings.register_profile("ci", derandomize=True, max_examples=20, database=None, **COMMON)
+hypothesis.settings.register_profile("nightly", max_examples=1000, **COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    return "backends: " + ", ".join(f"{backend.name} ({backend.device})" for backend in testing_backends())
+
+
+@pytest.fixture(scope="session", params=testing_backends(), ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def any_backend() -> Backend:
+    """For what all backends share: checks, registration."""
+    return testing_backends()[0]
