@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tree import depth_of, mark_ancestors, on_device
+from .tree import depth_of, mark_ancestors, on_device, parent_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -43,8 +43,10 @@ def _decode(x, dtype: tl.constexpr):
     if x.dtype == tl.uint8:
         bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
         value = (bits.to(tl.float16, bitcast=True) * 256.0).to(dtype)
-        return tl.where((x & 0x7F) == 0x7F, float("nan"), value)
-    return x.to(dtype)
+        value = tl.where((x & 0x7F) == 0x7F, float("nan"), value)
+    else:
+        value = x.to(dtype)
+    return value
 
 
 @triton.jit
@@ -63,8 +65,12 @@ def _locate(slots, wanted, block_table, pages, batch_stride, slot_stride, PAGE: 
     """Element offsets of cache slots, and which of the wanted slots exist (a block table may hold anything)."""
     if PAGE > 0:
         page = tl.load(block_table + slots // PAGE, mask=wanted, other=-1).to(tl.int64)
-        return page * batch_stride + (slots % PAGE).to(tl.int64) * slot_stride, (page >= 0) & (page < pages)
-    return slots.to(tl.int64) * slot_stride, wanted
+        offset = page * batch_stride + (slots % PAGE).to(tl.int64) * slot_stride
+        exists = (page >= 0) & (page < pages)
+    else:
+        offset = slots.to(tl.int64) * slot_stride
+        exists = wanted
+    return offset, exists
 
 
 @triton.jit
@@ -73,21 +79,48 @@ def _load_tile(base, offsets, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, M
     column = tl.arange(0, BLOCK)
     pointers = base + offsets[:, None] + column[None, :]
     if MASKED:
-        if SIZE == BLOCK:
-            return tl.load(pointers, mask=exists[:, None], other=0)
-        return tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0)
-    if SIZE == BLOCK:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(column < SIZE)[None, :], other=0)
+        tile = tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0)
+    elif SIZE < BLOCK:
+        tile = tl.load(pointers, mask=(column < SIZE)[None, :], other=0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _scores(
+    q, q_tile, q_offset, q_exists, base, offset, exists,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of the query rows with the keys at base + offset. float32 goes through the head size in chunks, which its registers hold."""
+    if CHUNK == BLOCK:
+        k = _decode(_load_tile(base, offset, exists, SIZE, BLOCK, MASKED), q_tile.dtype)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
+    else:
+        scores = tl.zeros((q_offset.shape[0], offset.shape[0]), tl.float32)
+        for first in range(0, SIZE, CHUNK):
+            d = first + tl.arange(0, CHUNK)
+            inside = (d < SIZE)[None, :]
+            q_chunk = tl.load(q + q_offset[:, None] + d[None, :], mask=q_exists[:, None] & inside, other=0)
+            k_chunk = tl.load(base + offset[:, None] + d[None, :], mask=exists[:, None] & inside, other=0)
+            scores = tl.dot(q_chunk, tl.trans(_decode(k_chunk, q_chunk.dtype)), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _finite(v):
+    """v with NaN and infinities replaced by 0, and whether there were any. Zero times them would reach rows that do not see their key."""
+    special = (v != v) | (tl.abs(v) == float("inf"))
+    return tl.where(special, 0.0, v).to(v.dtype), tl.max(tl.max(special.to(tl.int32), axis=1), axis=0)
 
 
 @triton.jit
 def _attend(
-    q, k, v, visible, acc, peak, total, score_scale, softcap,
-    MASKED: tl.constexpr, RAGGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """One step of online softmax. RAGGED: rows see different keys, so a NaN or infinity in v must reach only the rows that see it."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+    scores, v, visible, acc, peak, total, score_scale, softcap,
+    MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax."""
+    scores *= score_scale
     if HAS_SOFTCAP:
         scores = softcap * LOG2E * _tanh(scores / softcap)
     if MASKED:
@@ -98,17 +131,19 @@ def _attend(
     decay = tl.exp2(peak - anchor)
     total = total * decay + tl.sum(weights, axis=1)
     acc = acc * decay[:, None]
-    if RAGGED:
-        special = (v != v) | (tl.abs(v) == float("inf"))
-        if tl.max(tl.max(special.to(tl.int32), axis=1), axis=0) > 0:
-            seen = visible.to(v.dtype)
-            up = ((v != v) | (v == float("inf"))).to(v.dtype)
-            down = ((v != v) | (v == -float("inf"))).to(v.dtype)
-            acc += tl.where(tl.dot(seen, up, input_precision=PRECISION) > 0, float("inf"), 0.0)
-            acc += tl.where(tl.dot(seen, down, input_precision=PRECISION) > 0, -float("inf"), 0.0)
-            v = tl.where(special, 0.0, v).to(v.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_peak, total
+
+
+@triton.jit
+def _add_special(results, offset, v, seen, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Adds the NaN and infinities of one key's values to the results of the rows that see it."""
+    d = tl.arange(0, BLOCK_DV)
+    special = (v != v) | (tl.abs(v) == float("inf"))
+    affected = seen[:, None] & (special & (d < DV))[None, :]
+    target = results + offset[:, None] + d[None, :]
+    result = tl.load(target, mask=affected, other=0).to(tl.float32) + v[None, :]
+    tl.store(target, result.to(results.dtype.element_ty), mask=affected)
 
 
 @triton.jit(do_not_specialize=["window", "nodes", "capacity", "pages", "max_splits", "split_capacity", "table_stride"])
@@ -120,7 +155,7 @@ def tree_attention_kernel(
     kt_stride_b, kt_stride_t, kt_stride_h, vt_stride_b, vt_stride_t, vt_stride_h,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, MIN_KEYS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles * splits, key/value heads, batch). PAGE = 0 is a contiguous cache; scales are per head."""
     row_tiles = tl.cdiv(nodes * GROUP, BLOCK_M)
@@ -170,16 +205,17 @@ def tree_attention_kernel(
         if split == 0:
             peak = tl.load(sinks + query_head).to(tl.float32) * LOG2E
             total = tl.where(peak == -float("inf"), 0.0, 1.0)
+    special = 0
     column = tl.arange(0, BLOCK_N)
 
     for tile in range(full_begin, full_end):
         slot = begin + tile * BLOCK_N + column
         k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
         v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
-        k = _decode(_load_tile(k_cache, k_offset, exists, D, BLOCK_D, PAGE > 0), q_tile.dtype)
+        scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, PAGE > 0, PRECISION)
         v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, PAGE > 0), q_tile.dtype)
         acc, peak, total = _attend(
-            q_tile, k, v, exists[None, :], acc, peak, total, cache_scale, softcap, PAGE > 0, False, HAS_SOFTCAP, PRECISION
+            scores, v, exists[None, :], acc, peak, total, cache_scale, softcap, PAGE > 0, HAS_SOFTCAP, PRECISION
         )
 
     # The tiles left out: those before full_begin, and the last one when the prefix ends inside it.
@@ -188,14 +224,14 @@ def tree_attention_kernel(
         slot = begin + tile * BLOCK_N + column
         k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
         v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+        scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
+        v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True), q_tile.dtype)
         visible = exists[None, :]
         if HAS_WINDOW:
             visible = visible & (prefix + depth[:, None] - slot[None, :] < window)
-        k = _decode(_load_tile(k_cache, k_offset, exists, D, BLOCK_D, True), q_tile.dtype)
-        v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True), q_tile.dtype)
-        acc, peak, total = _attend(
-            q_tile, k, v, visible, acc, peak, total, cache_scale, softcap, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION
-        )
+            v, found = _finite(v)
+            special = tl.maximum(special, found)
+        acc, peak, total = _attend(scores, v, visible, acc, peak, total, cache_scale, softcap, True, HAS_SOFTCAP, PRECISION)
 
     if k_scale is not None:
         value_scale = tl.load(v_scale + head)
@@ -203,6 +239,9 @@ def tree_attention_kernel(
             acc *= value_scale
 
     # Tree tiles from the last to the first. An ancestor one step up is one position back, so the window is a number of steps.
+    # Padding rows have seen the prefix as all rows do: they start again from nothing and see no node.
+    total = tl.where(depth >= 0, total, 0.0)
+    peak = tl.where(depth >= 0, peak, -float("inf"))
     walker = tl.where((depth >= 0) & (split == splits - 1), node, -2)
     reach = tl.zeros_like(node) + nodes
     if HAS_WINDOW:
@@ -216,7 +255,8 @@ def tree_attention_kernel(
             exists = key < nodes
             k_base = k_tree + batch * kt_stride_b + head * kt_stride_h
             v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
-            k = _load_tile(k_base, key.to(tl.int64) * kt_stride_t, exists, D, BLOCK_D, True)
+            k_offset = key.to(tl.int64) * kt_stride_t
+            scores = _scores(q, q_tile, q_offset, node < nodes, k_base, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
             v = _load_tile(v_base, key.to(tl.int64) * vt_stride_t, exists, DV, BLOCK_DV, True)
             score_scale = tree_scale
         else:
@@ -224,13 +264,13 @@ def tree_attention_kernel(
             wanted = (key < nodes) & (slot < capacity)
             k_offset, exists = _locate(slot, wanted, block_table, pages, k_stride_b, k_stride_s, PAGE)
             v_offset, exists = _locate(slot, wanted, block_table, pages, v_stride_b, v_stride_s, PAGE)
-            k = _load_tile(k_cache, k_offset, exists, D, BLOCK_D, True)
+            scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
             v = _load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True)
             score_scale = cache_scale
-        acc, peak, total = _attend(
-            q_tile, _decode(k, q_tile.dtype), _decode(v, q_tile.dtype), visible & exists[None, :], acc, peak, total, score_scale, softcap,
-            True, True, HAS_SOFTCAP, PRECISION,
-        )  # fmt: skip
+        v, found = _finite(_decode(v, q_tile.dtype))
+        special = tl.maximum(special, found)
+        visible = visible & exists[None, :]
+        acc, peak, total = _attend(scores, v, visible, acc, peak, total, score_scale, softcap, True, HAS_SOFTCAP, PRECISION)
         last = tl.max(walker, axis=0)
 
     if k_scale is not None:
@@ -238,21 +278,55 @@ def tree_attention_kernel(
             acc *= value_scale
 
     # Rows that saw nothing, and padding, give 0 and -inf.
-    empty = (total == 0) | (depth < 0)
+    empty = total == 0
     result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     row_lse = tl.where(empty, -float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    # The rows again: computed anew, in other words than above, they occupy no registers during the loops.
+    row = (tl.program_id(0) - split * row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = row // GROUP
+    query_head = head * GROUP + row % GROUP
     d = tl.arange(0, BLOCK_DV)
-    inside = (node < nodes)[:, None] & (d < DV)[None, :]
     if SPLIT:
-        heads = tl.num_programs(1)
-        index = ((batch * heads + head) * split_capacity + split) * nodes * GROUP + row
-        tl.store(partial_out + index[:, None] * DV + d[None, :], result, mask=inside)
-        tl.store(partial_lse + index, row_lse, mask=node < nodes)
+        at = ((batch * tl.num_programs(1) + head) * split_capacity + split) * nodes * GROUP + row
+        tl.store(partial_lse + at, row_lse, mask=node < nodes)
+        results = partial_out
+        offset = at * DV
     else:
+        at = (batch * tl.num_programs(1) * GROUP + query_head) * nodes + node
+        tl.store(lse + at, row_lse * LN2, mask=node < nodes)
+        results = out
         offset = batch * out_stride_b + node.to(tl.int64) * out_stride_t + query_head * out_stride_h
-        tl.store(out + offset[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=inside)
-        heads = tl.num_programs(1) * GROUP
-        tl.store(lse + (batch * heads + query_head) * nodes + node, row_lse * LN2, mask=node < nodes)
+    inside = (node < nodes)[:, None] & (d < DV)[None, :]
+    tl.store(results + offset[:, None] + d[None, :], result.to(results.dtype.element_ty), mask=inside)
+
+    # Rare: add the NaN and infinities that _finite took out, key by key, to the rows that see the key.
+    if special > 0:
+        tl.debug_barrier()
+        depth = depth_of(parents, tl.where(node < nodes, node, -2))
+        for tile in range(0, full_begin):
+            for step in range(0, BLOCK_N):
+                slot = begin + tile * BLOCK_N + step + d * 0
+                v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+                seen = (depth >= 0) & (prefix + depth - (begin + tile * BLOCK_N + step) < window)
+                _add_special(results, offset, v, seen, DV, BLOCK_DV)
+        for key in range(0, tl.where(split == splits - 1, nodes, 0)):
+            if k_tree is not None:
+                v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
+                v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0).to(tl.float32)
+            else:
+                slot = prefix + key + d * 0
+                v_offset, exists = _locate(slot, slot < capacity, block_table, pages, v_stride_b, v_stride_s, PAGE)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+            walker = tl.where(depth >= 0, node, -2)
+            steps = tl.zeros_like(node)
+            while tl.max(walker, axis=0) > key:
+                steps += (walker > key).to(tl.int32)
+                walker = tl.where(walker > key, parent_of(parents, walker), walker)
+            seen = walker == key
+            if HAS_WINDOW:
+                seen = seen & (steps < window)
+            _add_special(results, offset, v, seen, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["window", "nodes", "capacity", "max_splits", "split_capacity"])
@@ -306,26 +380,30 @@ class Config(NamedTuple):
 
 
 def attention_config(rows: int, head_size: int, value_size: int, element_size: int, arch: str) -> Config:
-    """Tiles for `rows` packed rows per key/value head; element_size is that of the queries. arch as in `architecture`."""
+    """Tiles for `rows` packed rows per key/value head; element_size is that of the queries. The largest that do not spill registers."""
     widest = max(triton.next_power_of_2(head_size), triton.next_power_of_2(value_size))
     if element_size == 4:
         # Full float32 products run on the ordinary cores, where registers bound the tile.
-        return Config(32 if rows > 16 and widest <= 128 else 16, 32, 4, 1)
+        return Config(16, 16, 4 if widest <= 128 else 8, 1)
+    large = arch in ("sm_90", "sm_100")
     block_m = min(max(triton.next_power_of_2(rows), 16), 128 if widest <= 128 else 64)
-    block_n = 64 if widest <= 128 else 32
-    warps = 8 if block_m == 128 else 4
-    stages = 3 if arch in ("sm_90", "sm_100") else 2
-    return Config(block_m, block_n, warps, stages)
+    block_n = 64 if arch == "sm_90" and widest <= 128 else 32
+    return Config(block_m, block_n, 8 if block_m * widest > 64 * 64 else 4, 3 if large else 2)
+
+
+def chunk(head_size: int, element_size: int) -> int:
+    """How much of the head size one product of queries and keys takes: all of it on tensor cores."""
+    return min(max(triton.next_power_of_2(head_size), 16), 32 if element_size == 4 else 256)
 
 
 def architecture(device: torch.device) -> str:
-    """sm_80 (and others with little shared memory), sm_90, sm_100 or hip; the interpreter follows sm_90."""
+    """sm_80, sm_90, .. or gfx942 for all AMD GPUs; the interpreter follows sm_90."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
-        return "hip"
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def has_float8(device: torch.device) -> bool:
@@ -376,7 +454,7 @@ def tree_attention(
             GROUP=group, D=head_size, DV=value_size, PAGE=page, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
             SPLIT=split_capacity > 1, PRECISION="ieee", MIN_KEYS=MIN_SPLIT, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=max(triton.next_power_of_2(head_size), 16), BLOCK_DV=max(triton.next_power_of_2(value_size), 16),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            CHUNK=chunk(head_size, q.element_size()), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if split_capacity > 1:
             combine_kernel[(triton.cdiv(nodes * group, COMBINE_ROWS), kv_heads, batch)](
@@ -385,4 +463,40 @@ def tree_attention(
                 BLOCK_DV=max(triton.next_power_of_2(value_size), 16), num_warps=4,
             )  # fmt: skip
 
-AOT_CASES = []
+
+def _aot_case(name, arch, *, dtype, cache=None, head_size, group, nodes=64, page=0, window=False, softcap=False, split=False, tree=True):
+    """An instance of the attention kernel as the launcher would make it. ``cache`` is the type of a quantised cache."""
+    element_size = 4 if dtype == "*fp32" else 2
+    config = attention_config(nodes * group, head_size, head_size, element_size, arch)
+    block_d = max(triton.next_power_of_2(head_size), 16)
+    constants = {
+        "GROUP": group, "D": head_size, "DV": head_size, "PAGE": page, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "SPLIT": split,
+        "PRECISION": "ieee", "MIN_KEYS": MIN_SPLIT, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_D": block_d, "BLOCK_DV": block_d, "CHUNK": chunk(head_size, element_size),
+    }  # fmt: skip
+    signature = dict.fromkeys(tree_attention_kernel.arg_names, "i32")
+    signature |= {"out": dtype, "lse": "*fp32", "q": dtype, "k_cache": cache or dtype, "v_cache": cache or dtype, "scale": "fp32"}
+    signature |= {"prefix_lens": "*i32", "parents": "*i32", "softcap": "fp32"}
+    optional = {"partial_out": split, "partial_lse": split, "k_tree": tree, "v_tree": tree, "block_table": page > 0, "sinks": window}
+    optional |= {"k_scale": cache, "v_scale": cache}
+    types = dict.fromkeys(optional, "*fp32") | {"k_tree": dtype, "v_tree": dtype, "block_table": "*i32"}
+    signature |= {argument: types[argument] for argument, given in optional.items() if given}
+    constants |= {argument: None for argument, given in optional.items() if not given}
+    return name, tree_attention_kernel, signature, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def aot_cases(arch: str):
+    float8 = "*u8" if arch in ("sm_80", "gfx942") else "*fp8e4nv"
+    combine = dict.fromkeys(combine_kernel.arg_names, "i32")
+    combine |= {"out": "*bf16", "lse": "*fp32", "partial_out": "*fp32", "partial_lse": "*fp32", "prefix_lens": "*i32"}
+    constants = {"GROUP": 4, "DV": 128, "HAS_WINDOW": False, "MIN_KEYS": MIN_SPLIT, "BLOCK_M": COMBINE_ROWS, "BLOCK_N": 64, "BLOCK_DV": 128}
+    return [
+        _aot_case("attention_bf16_d128_paged_split", arch, dtype="*bf16", head_size=128, group=4, page=16, split=True),
+        _aot_case("attention_fp16_d64_window_sinks", arch, dtype="*fp16", head_size=64, group=8, window=True, tree=False),
+        _aot_case("attention_bf16_d80_softcap", arch, dtype="*bf16", head_size=80, group=1, softcap=True),
+        _aot_case("attention_bf16_d256_split", arch, dtype="*bf16", head_size=256, group=2, split=True),
+        _aot_case("attention_bf16_d128_float8_split", arch, dtype="*bf16", cache=float8, head_size=128, group=4, split=True),
+        _aot_case("attention_bf16_d128_few_rows", arch, dtype="*bf16", head_size=128, group=4, nodes=4, split=True),
+        _aot_case("attention_fp32_d128_paged", arch, dtype="*fp32", head_size=128, group=4, page=16),
+        ("combine_bf16_d128", combine_kernel, combine, constants, {"num_warps": 4}),
+    ]

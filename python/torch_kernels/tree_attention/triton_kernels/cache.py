@@ -33,8 +33,11 @@ def _cache_offset(slot, wanted, block_table, blocks, capacity, batch, stride_b, 
     exists = wanted & (slot >= 0) & (slot < capacity)
     if PAGE > 0:
         page = tl.load(block_table + slot // PAGE, mask=exists, other=-1).to(tl.int64)
-        return page * stride_b + slot % PAGE * stride_s, exists & (page >= 0) & (page < blocks)
-    return batch * stride_b + slot * stride_s, exists
+        offset = page * stride_b + slot % PAGE * stride_s
+        exists = exists & (page >= 0) & (page < blocks)
+    else:
+        offset = batch * stride_b + slot * stride_s
+    return offset, exists
 
 
 @triton.jit
@@ -199,4 +202,24 @@ def merge_attention_states(out, lse, out_a, lse_a, out_b, lse_b):
             SIZE=size, BLOCK_M=16, BLOCK_D=max(triton.next_power_of_2(size), 1),
         )  # fmt: skip
 
-AOT_CASES = []
+
+def aot_cases(arch: str):
+    def case(name, kernel, pointers, constants):
+        return name, kernel, dict.fromkeys(kernel.arg_names, "i32") | pointers, constants, {}
+
+    indices = {"prefix_lens": "*i32", "path": "*i32", "num_accepted": "*i32", "block_table": "*i32"}
+    commit = {"SIZE": 128, "LIMIT": 448, "PAGE": 16, "BLOCK_J": 8, "BLOCK_D": 128}
+    states = {"out": "*bf16", "lse": "*fp32", "out_a": "*bf16", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32"}
+    float8 = indices | {"cache": "*u8", "tree": "*bf16", "scale": "*fp32"}
+    return [
+        case("commit_float8_paged", tree_commit_kv_kernel, float8, commit),
+        case("commit_int8_paged", tree_commit_kv_kernel, float8 | {"cache": "*i8"}, commit | {"LIMIT": 127}),
+        case(
+            "commit_bf16",
+            tree_commit_kv_kernel,
+            indices | {"cache": "*bf16", "tree": "*bf16"},
+            commit | {"LIMIT": 0, "PAGE": 0, "scale": None, "block_table": None},
+        ),
+        case("compact_paged", tree_compact_kv_kernel, indices | {"cache": "*i16"}, {"SIZE": 128, "PAGE": 16, "BLOCK_J": 16, "BLOCK_D": 64}),
+        case("merge_bf16", merge_attention_states_kernel, states, {"SIZE": 128, "BLOCK_M": 16, "BLOCK_D": 128}),
+    ]

@@ -95,13 +95,10 @@ def tree_positions(positions, parents, prefix_lens):
             tree_positions_kernel[grid](positions, parents.contiguous(), prefix_lens.contiguous(), nodes, BLOCK=128)
 
 
-AOT_CASES = [
-    ("tree_mask", tree_mask_kernel, {"mask": "*u8", "parents": "*i32", "nodes": "i32"}, {"BLOCK_M": 16, "BLOCK_N": 64}, {}),
-    (
-        "tree_positions",
-        tree_positions_kernel,
-        {"positions": "*i32", "parents": "*i32", "prefix_lens": "*i32", "nodes": "i32"},
-        {"BLOCK": 128},
-        {},
-    ),
-]
+
+def aot_cases(arch: str):
+    pointers = {"parents": "*i32", "prefix_lens": "*i32", "nodes": "i32"}
+    return [
+        ("tree_mask", tree_mask_kernel, {"mask": "*u8", "parents": "*i32", "nodes": "i32"}, {"BLOCK_M": 16, "BLOCK_N": 64}, {}),
+        ("tree_positions", tree_positions_kernel, {"positions": "*i32"} | pointers, {"BLOCK": 128}, {}),
+    ]

@@ -200,8 +200,10 @@ def _remaining(r, q, columns, token, vocabulary):
     """What a rejection leaves of r: without q all but the token, with q the positive part of r - q."""
     mass = tl.load(r + columns, mask=columns < vocabulary, other=0.0)
     if q is None:
-        return tl.where(columns == token, 0.0, mass)
-    return tl.maximum(mass - tl.load(q + columns, mask=columns < vocabulary, other=0.0), 0.0)
+        mass = tl.where(columns == token, 0.0, mass)
+    else:
+        mass = tl.maximum(mass - tl.load(q + columns, mask=columns < vocabulary, other=0.0), 0.0)
+    return mass
 
 
 @triton.jit
@@ -356,4 +358,21 @@ def tree_verify_sampling(path, num_accepted, tokens, draft_tokens, target_probs,
             REPLACEMENT=replacement, BLOCK_T=_nodes_block(nodes), BLOCK_V=_vocabulary_block(vocabulary),
         )  # fmt: skip
 
-AOT_CASES = []
+
+def aot_cases(arch: str):
+    def case(name, kernel, pointers, constants):
+        signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(["temperature", "epsilon", "delta"], "i64") | pointers
+        return name, kernel, {argument: signature[argument] for argument in kernel.arg_names}, constants, {}
+
+    outputs = {"path": "*i32", "num_accepted": "*i32", "tokens": "*i64", "matches": "*i32", "draft_tokens": "*i64", "parents": "*i32"}
+    probs = outputs | {"r": "*fp64", "q": "*fp64", "target_probs": "*fp32", "draft_probs": "*fp32", "uniforms": "*fp32"}
+    logits = outputs | {"mass": "*fp64", "target_logits": "*bf16", "uniforms": "*fp32"}
+    blocks = {"BLOCK_T": 64, "BLOCK_V": 1024}
+    return [
+        case("verify_greedy", tree_verify_greedy_kernel, outputs | {"target_tokens": "*i64"}, {"BLOCK_T": 64}),
+        case("verify_typical_matches", typical_matches_kernel, logits, {"BLOCK_V": 1024}),
+        case("verify_typical_argmax", tree_verify_typical_kernel, logits, blocks | {"uniforms": None, "mass": None}),
+        case("verify_typical_sampled", tree_verify_typical_kernel, logits, blocks),
+        case("verify_sampling_one_hot", tree_verify_sampling_kernel, probs, blocks | {"REPLACEMENT": True, "q": None, "draft_probs": None}),
+        case("verify_sampling_without_replacement", tree_verify_sampling_kernel, probs, blocks | {"REPLACEMENT": False}),
+    ]
