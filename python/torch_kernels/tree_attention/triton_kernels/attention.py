@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of tree nodes to the cached prefix and to their ancestors.
+
+The T*G rows that share a key/value head (T nodes, G query heads per key/value head) are packed into tiles of BLOCK_M, so that each tile of
+keys is loaded once for all of them. A program handles one such tile and one split of the prefix, in four steps: prefix tiles every row sees
+in full, without any mask; prefix tiles at the window's edge and at the prefix's end; and, in the last split, tree tiles from the last to
+the first, whose mask comes from walking up the parents. A second kernel joins the splits.
+
+Scores are kept in base 2: ``exp(x) = exp2(x * log2(e))``. Splits depend on the row's own prefix and on the head configuration only.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .tree import depth_of, mark_ancestors, on_device, parent_of
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# A split holds at least this many keys: writing and reading a row's partial result costs as much as reading about Dv/D * 4 keys.
+MIN_SPLIT = 512
+# Programs that fill the GPUs this is written for. A constant, so that every device splits alike and gives the same sums.
+TARGET_PROGRAMS = 128
+COMBINE_ROWS = 8
+
+
+@triton.jit
+def _tanh(x):
+    decay = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    far = (1 - decay) / (1 + decay)
+    square = x * x
+    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _decode(x, dtype: tl.constexpr):
+    """Cache elements in the queries' dtype. uint8 is the bits of float8_e4m3fn, for GPUs without that type."""
+    if x.dtype == tl.uint8:
+        bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+        value = (bits.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+        value = tl.where((x & 0x7F) == 0x7F, float("nan"), value)
+    else:
+        value = x.to(dtype)
+    return value
+
+
+@triton.jit
+def _split_plan(prefix, window, max_splits, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, MIN_KEYS: tl.constexpr):
+    """First key that can be visible, rounded down to a tile; keys per split; number of splits."""
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(prefix - window + 1, 0) // BLOCK_N * BLOCK_N
+    size = tl.maximum(tl.cdiv(prefix - begin, max_splits), MIN_KEYS)
+    size = tl.cdiv(size, BLOCK_N) * BLOCK_N
+    return begin, size, tl.maximum(tl.cdiv(prefix - begin, size), 1)
+
+
+@triton.jit
+def _locate(slots, wanted, block_table, pages, batch_stride, slot_stride, PAGE: tl.constexpr):
+    """Element offsets of cache slots, and which of the wanted slots exist (a block table may hold anything)."""
+    if PAGE > 0:
+        page = tl.load(block_table + slots // PAGE, mask=wanted, other=-1).to(tl.int64)
+        offset = page * batch_stride + (slots % PAGE).to(tl.int64) * slot_stride
+        exists = (page >= 0) & (page < pages)
+    else:
+        offset = slots.to(tl.int64) * slot_stride
+        exists = wanted
+    return offset, exists
+
+
+@triton.jit
+def _load_tile(base, offsets, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, BLOCK] elements at base + offsets[row]; zero where a row does not exist and beyond SIZE."""
+    column = tl.arange(0, BLOCK)
+    pointers = base + offsets[:, None] + column[None, :]
+    if MASKED:
+        tile = tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0)
+    elif SIZE < BLOCK:
+        tile = tl.load(pointers, mask=(column < SIZE)[None, :], other=0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _scores(
+    q, q_tile, q_offset, q_exists, base, offset, exists,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of the query rows with the keys at base + offset. float32 goes through the head size in chunks, which its registers hold."""
+    if CHUNK == BLOCK:
+        k = _decode(_load_tile(base, offset, exists, SIZE, BLOCK, MASKED), q_tile.dtype)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
+    else:
+        scores = tl.zeros((q_offset.shape[0], offset.shape[0]), tl.float32)
+        for first in range(0, SIZE, CHUNK):
+            d = first + tl.arange(0, CHUNK)
+            inside = (d < SIZE)[None, :]
+            q_chunk = tl.load(q + q_offset[:, None] + d[None, :], mask=q_exists[:, None] & inside, other=0)
+            k_chunk = tl.load(base + offset[:, None] + d[None, :], mask=exists[:, None] & inside, other=0)
+            scores = tl.dot(q_chunk, tl.trans(_decode(k_chunk, q_chunk.dtype)), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _finite(v):
+    """v with NaN and infinities replaced by 0, and whether there were any. Zero times them would reach rows that do not see their key."""
+    special = (v != v) | (tl.abs(v) == float("inf"))
+    return tl.where(special, 0.0, v).to(v.dtype), tl.max(tl.max(special.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
+def _attend(
+    scores, v, visible, acc, peak, total, score_scale, softcap,
+    MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax."""
+    scores *= score_scale
+    if HAS_SOFTCAP:
+        scores = softcap * LOG2E * _tanh(scores / softcap)
+    if MASKED:
+        scores = tl.where(visible, scores, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    weights = tl.exp2(scores - anchor[:, None])
+    decay = tl.exp2(peak - anchor)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, new_peak, total
+
+
+@triton.jit
+def _add_special(results, offset, v, seen, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Adds the NaN and infinities of one key's values to the results of the rows that see it."""
+    d = tl.arange(0, BLOCK_DV)
+    special = (v != v) | (tl.abs(v) == float("inf"))
+    affected = seen[:, None] & (special & (d < DV))[None, :]
+    target = results + offset[:, None] + d[None, :]
+    result = tl.load(target, mask=affected, other=0).to(tl.float32) + v[None, :]
+    tl.store(target, result.to(results.dtype.element_ty), mask=affected)
+
+
+@triton.jit(do_not_specialize=["window", "nodes", "capacity", "pages", "max_splits", "split_capacity", "table_stride"])
+def tree_attention_kernel(
+    out, lse, partial_out, partial_lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, block_table, sinks, k_scale, v_scale,
+    scale, softcap, window, nodes, capacity, pages, max_splits, split_capacity, table_stride,
+    out_stride_b, out_stride_t, out_stride_h, q_stride_b, q_stride_t, q_stride_h,
+    k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    kt_stride_b, kt_stride_t, kt_stride_h, vt_stride_b, vt_stride_t, vt_stride_h,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, MIN_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles * splits, key/value heads, batch). PAGE = 0 is a contiguous cache; scales are per head."""
+    row_tiles = tl.cdiv(nodes * GROUP, BLOCK_M)
+    split = tl.program_id(0) // row_tiles
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    prefix = tl.minimum(tl.maximum(tl.load(prefix_lens + batch), 0), capacity).to(tl.int32)
+    begin, size, splits = _split_plan(prefix, window, max_splits, HAS_WINDOW, BLOCK_N, MIN_KEYS)
+    if split >= splits:
+        return
+
+    parents += batch * nodes
+    node = row // GROUP
+    query_head = head * GROUP + row % GROUP
+    depth = depth_of(parents, tl.where(node < nodes, node, -2))
+    deepest = tl.max(depth, axis=0)
+
+    # The prefix keys of this split. If all rows are padding there is nothing to do.
+    begin += split * size
+    end = tl.where(deepest >= 0, tl.minimum(begin + size, prefix), begin)
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+    full_begin = 0
+    if HAS_WINDOW:
+        full_begin = tl.minimum(tl.cdiv(tl.maximum(prefix + deepest - window + 1 - begin, 0), BLOCK_N), tiles)
+    full_end = tl.maximum(tl.maximum(end - begin, 0) // BLOCK_N, full_begin)
+
+    q_offset = batch * q_stride_b + node.to(tl.int64) * q_stride_t + query_head * q_stride_h
+    q_tile = _load_tile(q, q_offset, node < nodes, D, BLOCK_D, True)
+    k_cache += head * k_stride_h
+    v_cache += head * v_stride_h
+    if PAGE > 0:
+        block_table += batch * table_stride
+    else:
+        k_cache += batch * k_stride_b
+        v_cache += batch * v_stride_b
+    # With a softcap, scores are capped before they are brought to base 2.
+    tree_scale = scale if HAS_SOFTCAP else scale * LOG2E
+    cache_scale = tree_scale
+    if k_scale is not None:
+        cache_scale = tree_scale * tl.load(k_scale + head)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks is not None:
+        if split == 0:
+            peak = tl.load(sinks + query_head).to(tl.float32) * LOG2E
+            total = tl.where(peak == -float("inf"), 0.0, 1.0)
+    special = 0
+    column = tl.arange(0, BLOCK_N)
+
+    for tile in range(full_begin, full_end):
+        slot = begin + tile * BLOCK_N + column
+        k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
+        v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+        scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, PAGE > 0, PRECISION)
+        v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, PAGE > 0), q_tile.dtype)
+        acc, peak, total = _attend(
+            scores, v, exists[None, :], acc, peak, total, cache_scale, softcap, PAGE > 0, HAS_SOFTCAP, PRECISION
+        )
+
+    # The tiles left out: those before full_begin, and the last one when the prefix ends inside it.
+    for step in range(0, tiles - (full_end - full_begin)):
+        tile = tl.where(step < full_begin, step, tiles - 1)
+        slot = begin + tile * BLOCK_N + column
+        k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
+        v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+        scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
+        v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True), q_tile.dtype)
+        visible = exists[None, :]
+        if HAS_WINDOW:
+            visible = visible & (prefix + depth[:, None] - slot[None, :] < window)
+            v, found = _finite(v)
+            special = tl.maximum(special, found)
+        acc, peak, total = _attend(scores, v, visible, acc, peak, total, cache_scale, softcap, True, HAS_SOFTCAP, PRECISION)
+
+    if k_scale is not None:
+        value_scale = tl.load(v_scale + head)
+        if k_tree is not None:
+            acc *= value_scale
+
+    # Tree tiles from the last to the first. An ancestor one step up is one position back, so the window is a number of steps.
+    # Padding rows have seen the prefix as all rows do: they start again from nothing and see no node.
+    total = tl.where(depth >= 0, total, 0.0)
+    peak = tl.where(depth >= 0, peak, -float("inf"))
+    walker = tl.where((depth >= 0) & (split == splits - 1), node, -2)
+    reach = tl.zeros_like(node) + nodes
+    if HAS_WINDOW:
+        reach = tl.zeros_like(node) + tl.minimum(window, nodes)
+    last = tl.max(walker, axis=0)
+    while last >= 0:
+        first = last // BLOCK_N * BLOCK_N
+        visible, walker, reach = mark_ancestors(parents, walker, reach, first, BLOCK_M, BLOCK_N)
+        key = first + column
+        if k_tree is not None:
+            exists = key < nodes
+            k_base = k_tree + batch * kt_stride_b + head * kt_stride_h
+            v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
+            k_offset = key.to(tl.int64) * kt_stride_t
+            scores = _scores(q, q_tile, q_offset, node < nodes, k_base, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
+            v = _load_tile(v_base, key.to(tl.int64) * vt_stride_t, exists, DV, BLOCK_DV, True)
+            score_scale = tree_scale
+        else:
+            slot = prefix + key
+            wanted = (key < nodes) & (slot < capacity)
+            k_offset, exists = _locate(slot, wanted, block_table, pages, k_stride_b, k_stride_s, PAGE)
+            v_offset, exists = _locate(slot, wanted, block_table, pages, v_stride_b, v_stride_s, PAGE)
+            scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
+            v = _load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True)
+            score_scale = cache_scale
+        v, found = _finite(_decode(v, q_tile.dtype))
+        special = tl.maximum(special, found)
+        visible = visible & exists[None, :]
+        acc, peak, total = _attend(scores, v, visible, acc, peak, total, score_scale, softcap, True, HAS_SOFTCAP, PRECISION)
+        last = tl.max(walker, axis=0)
+
+    if k_scale is not None:
+        if k_tree is None:
+            acc *= value_scale
+
+    # Rows that saw nothing, and padding, give 0 and -inf.
+    empty = total == 0
+    result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+    row_lse = tl.where(empty, -float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    # The rows again: computed anew, in other words than above, they occupy no registers during the loops.
+    row = (tl.program_id(0) - split * row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = row // GROUP
+    query_head = head * GROUP + row % GROUP
+    d = tl.arange(0, BLOCK_DV)
+    if SPLIT:
+        at = ((batch * tl.num_programs(1) + head) * split_capacity + split) * nodes * GROUP + row
+        tl.store(partial_lse + at, row_lse, mask=node < nodes)
+        results = partial_out
+        offset = at * DV
+    else:
+        at = (batch * tl.num_programs(1) * GROUP + query_head) * nodes + node
+        tl.store(lse + at, row_lse * LN2, mask=node < nodes)
+        results = out
+        offset = batch * out_stride_b + node.to(tl.int64) * out_stride_t + query_head * out_stride_h
+    inside = (node < nodes)[:, None] & (d < DV)[None, :]
+    tl.store(results + offset[:, None] + d[None, :], result.to(results.dtype.element_ty), mask=inside)
+
+    # Rare: add the NaN and infinities that _finite took out, key by key, to the rows that see the key.
+    if special > 0:
+        tl.debug_barrier()
+        depth = depth_of(parents, tl.where(node < nodes, node, -2))
+        for tile in range(0, full_begin):
+            for step in range(0, BLOCK_N):
+                slot = begin + tile * BLOCK_N + step + d * 0
+                v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+                seen = (depth >= 0) & (prefix + depth - (begin + tile * BLOCK_N + step) < window)
+                _add_special(results, offset, v, seen, DV, BLOCK_DV)
+        for key in range(0, tl.where(split == splits - 1, nodes, 0)):
+            if k_tree is not None:
+                v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
+                v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0).to(tl.float32)
+            else:
+                slot = prefix + key + d * 0
+                v_offset, exists = _locate(slot, slot < capacity, block_table, pages, v_stride_b, v_stride_s, PAGE)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+            walker = tl.where(depth >= 0, node, -2)
+            steps = tl.zeros_like(node)
+            while tl.max(walker, axis=0) > key:
+                steps += (walker > key).to(tl.int32)
+                walker = tl.where(walker > key, parent_of(parents, walker), walker)
+            seen = walker == key
+            if HAS_WINDOW:
+                seen = seen & (steps < window)
+            _add_special(results, offset, v, seen, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["window", "nodes", "capacity", "max_splits", "split_capacity"])
+def combine_kernel(
+    out, lse, partial_out, partial_lse, prefix_lens, window, nodes, capacity, max_splits, split_capacity,
+    out_stride_b, out_stride_t, out_stride_h,
+    GROUP: tl.constexpr, DV: tl.constexpr, HAS_WINDOW: tl.constexpr, MIN_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of BLOCK_M rows. Grid (row tiles, key/value heads, batch)."""
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = row // GROUP
+    query_head = head * GROUP + row % GROUP
+    prefix = tl.minimum(tl.maximum(tl.load(prefix_lens + batch), 0), capacity).to(tl.int32)
+    _, _, splits = _split_plan(prefix, window, max_splits, HAS_WINDOW, BLOCK_N, MIN_KEYS)
+
+    index = (batch * tl.num_programs(1) + head) * split_capacity * nodes * GROUP + row
+    present = node < nodes
+    d = tl.arange(0, BLOCK_DV)
+    inside = present[:, None] & (d < DV)[None, :]
+    peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for split in range(splits):
+        peak = tl.maximum(peak, tl.load(partial_lse + index + split * nodes * GROUP, mask=present, other=-float("inf")))
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for split in range(splits):
+        at = index + split * nodes * GROUP
+        weight = tl.exp2(tl.load(partial_lse + at, mask=present, other=-float("inf")) - peak)
+        part = tl.load(partial_out + at[:, None] * DV + d[None, :], mask=inside, other=0.0)
+        acc += tl.where((weight == 0)[:, None], 0.0, weight[:, None] * part)
+        total += weight
+
+    empty = total == 0
+    result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+    row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    offset = batch * out_stride_b + node.to(tl.int64) * out_stride_t + query_head * out_stride_h
+    tl.store(out + offset[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + (batch * tl.num_programs(1) * GROUP + query_head) * nodes + node, row_lse, mask=present)
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch options of one kernel instance."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_config(rows: int, head_size: int, value_size: int, element_size: int, arch: str) -> Config:
+    """Tiles for `rows` packed rows per key/value head; element_size is that of the queries. The largest that do not spill registers."""
+    widest = max(triton.next_power_of_2(head_size), triton.next_power_of_2(value_size))
+    if element_size == 4:
+        # Full float32 products run on the ordinary cores, where registers bound the tile.
+        return Config(16, 16, 4 if widest <= 128 else 8, 1)
+    large = arch in ("sm_90", "sm_100")
+    block_m = min(max(triton.next_power_of_2(rows), 16), 128 if widest <= 128 else 64)
+    block_n = 64 if arch == "sm_90" and widest <= 128 else 32
+    return Config(block_m, block_n, 8 if block_m * widest > 64 * 64 else 4, 3 if large else 2)
+
+
+def chunk(head_size: int, element_size: int) -> int:
+    """How much of the head size one product of queries and keys takes: all of it on tensor cores."""
+    return min(max(triton.next_power_of_2(head_size), 16), 32 if element_size == 4 else 256)
+
+
+def architecture(device: torch.device) -> str:
+    """sm_80, sm_90, .. or gfx942 for all AMD GPUs; the interpreter follows sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def has_float8(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def last_stride_one(x):
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def tree_attention(
+    out, lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, block_table, scale, softcap, window, sinks, k_scale, v_scale
+):  # fmt: skip
+    batch, nodes, query_heads, head_size = q.shape
+    kv_heads, value_size = v_cache.shape[2:]
+    if out.numel() == 0 and lse.numel() == 0:
+        return
+    group = query_heads // kv_heads
+    paged = block_table is not None
+    page = max(k_cache.shape[1], 1) if paged else 0
+    capacity = block_table.shape[1] * k_cache.shape[1] if paged else k_cache.shape[1]
+    config = attention_config(nodes * group, head_size, value_size, q.element_size(), architecture(q.device))
+
+    row_tiles = triton.cdiv(nodes * group, config.block_m)
+    max_splits = max(TARGET_PROGRAMS // (kv_heads * row_tiles), 1)
+    reachable = min(capacity, window + config.block_n) if window > 0 else capacity
+    split_capacity = max(min(max_splits, triton.cdiv(reachable, MIN_SPLIT)), 1)
+    partial_out = partial_lse = None
+    if split_capacity > 1:
+        partial_out = torch.empty(batch, kv_heads, split_capacity, nodes * group, value_size, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(batch, kv_heads, split_capacity, nodes * group, dtype=torch.float32, device=q.device)
+
+    q, k_cache, v_cache, k_tree, v_tree = map(last_stride_one, (q, k_cache, v_cache, k_tree, v_tree))
+    if k_cache.dtype == torch.float8_e4m3fn and not has_float8(q.device):
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    if k_scale is not None:
+        k_scale, v_scale = k_scale.expand(kv_heads).contiguous(), v_scale.expand(kv_heads).contiguous()
+    tree_strides = (*k_tree.stride()[:3], *v_tree.stride()[:3]) if k_tree is not None else (0,) * 6
+    table = block_table.contiguous() if paged else None
+    parents, prefix_lens = parents.contiguous(), prefix_lens.contiguous()
+    with on_device(q):
+        tree_attention_kernel[(row_tiles * split_capacity, kv_heads, batch)](
+            out, lse, partial_out, partial_lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, table,
+            sinks.contiguous() if sinks is not None else None, k_scale, v_scale,
+            1.0 / math.sqrt(head_size) if scale is None else float(scale), float(softcap), window, nodes, capacity, k_cache.shape[0],
+            max_splits, split_capacity, table.shape[1] if paged else 0,
+            *out.stride()[:3], *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *tree_strides,
+            GROUP=group, D=head_size, DV=value_size, PAGE=page, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
+            SPLIT=split_capacity > 1, PRECISION="ieee", MIN_KEYS=MIN_SPLIT, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_D=max(triton.next_power_of_2(head_size), 16), BLOCK_DV=max(triton.next_power_of_2(value_size), 16),
+            CHUNK=chunk(head_size, q.element_size()), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if split_capacity > 1:
+            combine_kernel[(triton.cdiv(nodes * group, COMBINE_ROWS), kv_heads, batch)](
+                out, lse, partial_out, partial_lse, prefix_lens, window, nodes, capacity, max_splits, split_capacity, *out.stride()[:3],
+                GROUP=group, DV=value_size, HAS_WINDOW=window > 0, MIN_KEYS=MIN_SPLIT, BLOCK_M=COMBINE_ROWS, BLOCK_N=config.block_n,
+                BLOCK_DV=max(triton.next_power_of_2(value_size), 16), num_warps=4,
+            )  # fmt: skip
+
+
+def _aot_case(name, arch, *, dtype, cache=None, head_size, group, nodes=64, page=0, window=False, softcap=False, split=False, tree=True):
+    """An instance of the attention kernel as the launcher would make it. ``cache`` is the type of a quantised cache."""
+    element_size = 4 if dtype == "*fp32" else 2
+    config = attention_config(nodes * group, head_size, head_size, element_size, arch)
+    block_d = max(triton.next_power_of_2(head_size), 16)
+    constants = {
+        "GROUP": group, "D": head_size, "DV": head_size, "PAGE": page, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "SPLIT": split,
+        "PRECISION": "ieee", "MIN_KEYS": MIN_SPLIT, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_D": block_d, "BLOCK_DV": block_d, "CHUNK": chunk(head_size, element_size),
+    }  # fmt: skip
+    signature = dict.fromkeys(tree_attention_kernel.arg_names, "i32")
+    signature |= {"out": dtype, "lse": "*fp32", "q": dtype, "k_cache": cache or dtype, "v_cache": cache or dtype, "scale": "fp32"}
+    signature |= {"prefix_lens": "*i32", "parents": "*i32", "softcap": "fp32"}
+    optional = {"partial_out": split, "partial_lse": split, "k_tree": tree, "v_tree": tree, "block_table": page > 0, "sinks": window}
+    optional |= {"k_scale": cache, "v_scale": cache}
+    types = dict.fromkeys(optional, "*fp32") | {"k_tree": dtype, "v_tree": dtype, "block_table": "*i32"}
+    signature |= {argument: types[argument] for argument, given in optional.items() if given}
+    constants |= {argument: None for argument, given in optional.items() if not given}
+    return name, tree_attention_kernel, signature, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def aot_cases(arch: str):
+    float8 = "*u8" if arch in ("sm_80", "gfx942") else "*fp8e4nv"
+    combine = dict.fromkeys(combine_kernel.arg_names, "i32")
+    combine |= {"out": "*bf16", "lse": "*fp32", "partial_out": "*fp32", "partial_lse": "*fp32", "prefix_lens": "*i32"}
+    constants = {"GROUP": 4, "DV": 128, "HAS_WINDOW": False, "MIN_KEYS": MIN_SPLIT, "BLOCK_M": COMBINE_ROWS, "BLOCK_N": 64, "BLOCK_DV": 128}
+    return [
+        _aot_case("attention_bf16_d128_paged_split", arch, dtype="*bf16", head_size=128, group=4, page=16, split=True),
+        _aot_case("attention_fp16_d64_window_sinks", arch, dtype="*fp16", head_size=64, group=8, window=True, tree=False),
+        _aot_case("attention_bf16_d80_softcap", arch, dtype="*bf16", head_size=80, group=1, softcap=True),
+        _aot_case("attention_bf16_d256_split", arch, dtype="*bf16", head_size=256, group=2, split=True),
+        _aot_case("attention_bf16_d128_float8_split", arch, dtype="*bf16", cache=float8, head_size=128, group=4, split=True),
+        _aot_case("attention_bf16_d128_few_rows", arch, dtype="*bf16", head_size=128, group=4, nodes=4, split=True),
+        _aot_case("attention_fp32_d128_paged", arch, dtype="*fp32", head_size=128, group=4, page=16),
+        ("combine_bf16_d128", combine_kernel, combine, constants, {"num_warps": 4}),
+    ]

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resource table: what every GPU kernel takes of every architecture, read from its machine code. No GPU is needed.
+
+    python -m tests.aot.resources              compile everything, print the table
+    python -m tests.aot.resources --update     and write it to tests/aot/resources.json
+
+One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared memory in bytes; tensor-core
+instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's ``triton_kernels``, CUDA kernels from ``csrc/*/*.cu``.
+Results are cached under build/aot by the hash of everything they depend on.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import triton
+
+ROOT = pathlib.Path(__file__).parents[2]
+TABLE = pathlib.Path(__file__).with_name("resources.json")
+CACHE = ROOT / "build" / "aot"
+TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+TRITON_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+CUDA_ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+MMA_OPCODES = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "v_mfma")
+
+
+def shared_limit(arch: str) -> int:
+    return SHARED_LIMIT[arch.removesuffix("a")] * 1024
+
+
+def _run(command, **options) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _cached(key_parts, compute):
+    key = hashlib.sha256("\0".join(map(str, key_parts)).encode()).hexdigest()[:32]
+    file = CACHE / f"{key}.json"
+    if not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.{id(key)}")
+        part.write_text(json.dumps(compute()))
+        part.replace(file)
+    return json.loads(file.read_text())
+
+
+def _contents(files) -> str:
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
+def _count(opcodes, assembly: str) -> dict[str, int]:
+    counts = {opcode: len(re.findall(rf"\b{opcode}", assembly)) for opcode in opcodes}
+    return {opcode: count for opcode, count in counts.items() if count}
+
+
+def read_cubin(cubin: pathlib.Path) -> dict[str, dict]:
+    """Resources of each kernel in a cubin, by mangled name."""
+    usage = _run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin])
+    found = {}
+    for name, line in re.findall(r"Function ([^\s:]+):\s*\n\s*(REG:.*)", usage):
+        value = {key: int(number) for key, number in re.findall(r"(\w+(?:\[\d\])?):(\d+)", line)}
+        found[name] = {"registers": value["REG"], "stack": value["STACK"], "shared": value["SHARED"]}
+    for section in re.split(r"\n\s*Function : ", _run([TOOLS / "cuobjdump", "--dump-sass", cubin]))[1:]:
+        name, _, body = section.partition("\n")
+        if name.strip() in found:
+            found[name.strip()] |= {"local": len(re.findall(r"\b(?:LDL|STL)\b", body)), "mma": _count(MMA_OPCODES, body)}
+    return found
+
+
+def read_amdgcn(assembly: str) -> dict:
+    def number(field):
+        return int(re.search(rf"\.{field}:\s*(\d+)", assembly).group(1))
+
+    # Spills to spare vector registers are free of memory; spills to memory show as scratch.
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "local": number("vgpr_spill_count"),
+        "mma": _count(MMA_OPCODES, assembly),
+    }
+
+
+def _triton_ops() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / "python/torch_kernels").glob("*/triton_kernels*"))
+
+
+def _triton_sources(op: str):
+    folder = ROOT / "python/torch_kernels" / op
+    return [*folder.glob("triton_kernels.py"), *folder.glob("triton_kernels/**/*.py")]
+
+
+def _triton(op: str, arch: str, *names) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": tempfile.mkdtemp()}
+    try:
+        return _run([sys.executable, ROOT / "tests/aot/compile_triton.py", op, arch, *names], env=environment)
+    finally:
+        shutil.rmtree(environment["TRITON_CACHE_DIR"])
+
+
+def _compile_triton(op: str, name: str, arch: str) -> dict:
+    compiled = json.loads(_triton(op, arch, name))
+    if "assembly" in compiled:
+        entry = read_amdgcn(compiled["assembly"])
+    else:
+        cubin = pathlib.Path(compiled["cubin"])
+        (entry,) = read_cubin(cubin).values()
+        cubin.unlink()
+    return entry | {"shared": compiled["shared"], "dots": compiled["dots"]}
+
+
+def triton_jobs():
+    """(description, function giving entries) of every Triton case and architecture."""
+    for op in _triton_ops():
+        sources = _contents([*_triton_sources(op), *pathlib.Path(__file__).parent.glob("*.py")])
+        for arch in TRITON_ARCHS:
+            names = _cached([sources, triton.__version__, op, arch], functools.partial(lambda op, arch: _triton(op, arch).split(), op, arch))
+            for name in names:
+                def job(op=op, name=name, arch=arch, sources=sources):
+                    key = [sources, triton.__version__, op, arch, name]
+                    entry = _cached(key, lambda: _compile_triton(op, name, arch))
+                    return [{"kernel": f"{op}/{name}", "arch": arch, "compiler": f"triton {triton.__version__}"} | entry]
+
+                yield f"{name} {arch}", job
+
+
+def nvcc_version() -> str | None:
+    if not shutil.which("nvcc"):
+        return None
+    return re.search(r"V(\d+\.\d+\.\d+)", _run(["nvcc", "--version"])).group(1)
+
+
+def _compile_cuda(source: pathlib.Path, arch: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernels.cubin"
+        _run(["nvcc", "-std=c++20", "-O3", "-cubin", f"-arch={arch}", f"-I{ROOT / 'csrc'}", "-o", cubin, source])
+        return read_cubin(cubin)
+
+
+def _demangle(name: str) -> str:
+    readable = _run(["c++filt", name]).strip() if shutil.which("c++filt") else name
+    # The name and template arguments say which kernel it is; its parameters add nothing.
+    return re.sub(r"^void ", "", readable).rsplit("(", 1)[0] if readable.endswith(")") else readable
+
+
+def cuda_jobs():
+    version = nvcc_version()
+    if version is None:
+        return
+    headers = _contents([path for kind in ("h", "cuh") for path in (ROOT / "csrc").glob(f"**/*.{kind}")])
+    for source in sorted((ROOT / "csrc").glob("*/*.cu")):
+        for arch in CUDA_ARCHS:
+            def job(source=source, arch=arch):
+                key = [headers, source, source.read_text(), arch, version, pathlib.Path(__file__).read_text()]
+                kernels = _cached(key, lambda: _compile_cuda(source, arch))
+                label = f"{source.parent.name}/{source.stem}"
+                return [
+                    {"kernel": f"{label}: {_demangle(name)}", "arch": arch, "compiler": f"nvcc {version}"} | entry
+                    for name, entry in kernels.items()
+                ]
+
+            yield f"{source.name} {arch}", job
+
+
+def collect(jobs, workers: int = 2, report=None) -> list[dict]:
+    """The entries of all jobs, sorted. A kernel that does not compile raises."""
+    entries = []
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(job): description for description, job in jobs}
+        for future in concurrent.futures.as_completed(running):
+            entries += future.result()
+            if report:
+                report(running[future])
+    return sorted(entries, key=lambda entry: (entry["kernel"], entry["arch"]))
+
+
+def read_table() -> list[dict]:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else []
+
+
+def write_table(entries) -> None:
+    TABLE.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--update", action="store_true", help="write tests/aot/resources.json")
+    arguments = parser.parse_args()
+    entries = collect([*triton_jobs(), *cuda_jobs()], os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True))
+    for entry in entries:
+        print("{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared  {kernel}  {mma}".format(**entry))
+    if arguments.update:
+        write_table(entries)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every GPU kernel compiles for every architecture, keeps its data in registers, fits in shared memory and uses the tensor cores it should.
+
+The committed table records exact numbers. They are compared when this machine has the compiler that made them; otherwise only the rules hold.
+After a change that is meant: ``python -m tests.aot.resources --update``.
+"""
+
+import pytest
+
+from . import resources
+
+
+def _check_rules(entries):
+    for entry in entries:
+        where = f"{entry['kernel']} on {entry['arch']}: {entry}"
+        assert entry["stack"] == 0, f"stack memory in {where}"
+        assert entry["local"] == 0, f"register spills in {where}"
+        assert entry["shared"] <= resources.shared_limit(entry["arch"]), f"too much shared memory in {where}"
+
+
+def _expected_mma(arch: str, rows: int, kind: str) -> str | None:
+    """The tensor-core opcode of a product with so many rows; None where there is none (float32 is computed in full)."""
+    if kind not in ("f16", "bf16"):
+        return None
+    if arch.startswith("gfx"):
+        return "v_mfma"
+    if rows < 64:
+        return "HMMA"
+    return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA")
+
+
+def _check_table(entries, committed):
+    recorded = {(entry["kernel"], entry["arch"]): entry for entry in committed}
+    for entry in entries:
+        old = recorded.pop((entry["kernel"], entry["arch"]), None)
+        assert old is not None, f"{entry['kernel']} on {entry['arch']} is not in the table; run python -m tests.aot.resources --update"
+        assert set(entry["mma"]) == set(old["mma"]), f"tensor-core opcodes of {entry['kernel']} on {entry['arch']} changed"
+        if entry["compiler"] == old["compiler"]:
+            assert entry == old, "resources changed; if that is meant, run python -m tests.aot.resources --update"
+    assert not recorded, f"the table has kernels that are gone: {sorted(recorded)}"
+
+
+def test_triton_kernels():
+    entries = resources.collect(resources.triton_jobs())
+    _check_rules(entries)
+    for entry in entries:
+        for rows, kind in entry["dots"]:
+            opcode = _expected_mma(entry["arch"], rows, kind)
+            assert opcode is None or entry["mma"].get(opcode), f"no {opcode} in {entry['kernel']} on {entry['arch']}: {entry['mma']}"
+    _check_table(entries, [entry for entry in resources.read_table() if entry["compiler"].startswith("triton")])
+
+
+@pytest.mark.skipif(resources.nvcc_version() is None, reason="nvcc is not installed")
+def test_cuda_kernels():
+    entries = resources.collect(resources.cuda_jobs())
+    _check_rules(entries)
+    _check_table(entries, [entry for entry in resources.read_table() if entry["compiler"].startswith("nvcc")])
+
+
+def test_rules_notice_a_spill():
+    entry = {"kernel": "k", "arch": "sm_80", "stack": 0, "local": 4, "shared": 0}
+    with pytest.raises(AssertionError, match="spills"):
+        _check_rules([entry])
+    with pytest.raises(AssertionError, match="shared memory"):
+        _check_rules([entry | {"local": 0, "shared": 164 * 1024}])
