@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// launch(kernel, grid, block, shared_bytes, stream, args...) starts a kernel or throws std::runtime_error that names it.
+// DeviceGuard makes a tensor's device current for a scope. Under g++ both come from the emulator.
+#pragma once
+#include "ptx.cuh"
+
+#ifndef __CUDACC__
+#include "../emulator/launch.h"
+#else
+#include <cuda_runtime.h>
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+namespace torch_kernels {
+
+inline std::string kernel_name(const void* kernel) {
+#if CUDART_VERSION >= 12030
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) == cudaSuccess && mangled) {
+    std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr), std::free);
+    return name ? name.get() : mangled;
+  }
+#endif
+  return "a CUDA kernel";
+}
+
+[[noreturn]] inline void throw_cuda_error(cudaError_t error, const std::string& what) {
+  cudaGetLastError();  // an error that was reported must not surface again in someone else's call
+  std::string text = what + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    text += ". The device is sm_" + std::to_string(major * 10 + minor) + "; this build has";
+#ifdef __CUDA_ARCH_LIST__
+    for (int architecture : {__CUDA_ARCH_LIST__}) text += " sm_" + std::to_string(architecture / 10);
+#else
+    text += " no kernels for it";
+#endif
+  }
+  throw std::runtime_error(text);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            Arguments&&... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess)
+      throw_cuda_error(error, "asking for " + std::to_string(shared_bytes) + " bytes of shared memory for " +
+                                  kernel_name(function));
+  }
+  std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  cudaError_t error = std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {const_cast<void*>(static_cast<const void*>(std::addressof(value)))..., nullptr};
+        return cudaLaunchKernel(function, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+      },
+      values);
+  if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cudaError_t error = cudaGetDevice(&previous_);
+    if (error == cudaSuccess && device != previous_) error = cudaSetDevice(device);
+    if (error != cudaSuccess) throw_cuda_error(error, "switching to CUDA device " + std::to_string(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+}  // namespace torch_kernels
+#endif
