@@ -233,91 +233,89 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
     }
   }
 
-  // The column that element j of accumulator `tile` belongs to.
+  // The mma fragments of 32 bytes of V's columns and 16 keys: of 2 accumulator tiles, or of 4 for 8-bit values (columns 0, 2, 4, ... of
+  // 16, then 1, 3, 5, ...).
   template <class KV>
-  DEVICE int column_of(int tile, int j) const {
-    return sizeof(KV) == 2 ? tile * 8 + lane % 4 * 2 + j % 2 : tile / 2 * 16 + lane % 4 * 4 + j % 2 * 2 + tile % 2;
+  static constexpr int kStepTiles = 4 / int(sizeof(KV));
+  template <class KV>
+  DEVICE void load_v(const char* v, int step, int keys, unsigned (&b)[kStepTiles<KV>][2]) {
+    constexpr int kRowBytes = kHeadTile * int(sizeof(KV));
+    int offset = swizzled<kRowBytes>(warp_n * kWarpKeys + lane / 8 % 2 * 8 + lane % 8, lane / 16);
+    unsigned loaded[4];
+    ptx::ldmatrix_x4_trans(loaded, v + swizzled_step<kRowBytes>(offset, keys, step * 2));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if constexpr (sizeof(KV) == 2) {
+        b[i / 2][i % 2] = loaded[i];
+      } else {
+        unsigned pairs[2];
+        decode<T, KV>(ptx::prmt(loaded[i], 0, 0x3120), pairs);
+        b[i / 2 * 2][i % 2] = pairs[0], b[i / 2 * 2 + 1][i % 2] = pairs[1];
+      }
+    }
   }
 
   // out += weights V. Of a masked tile, NaN and infinite values are left out and reported.
   template <class KV>
   DEVICE bool multiply_weights_v(const char* v, bool masked, const unsigned (&weights)[kWarpKeys / 16][4]) {
-    constexpr int kRowBytes = kHeadTile * int(sizeof(KV));
     int value_bytes = int(work.p.v_cache.size[3]) * int(sizeof(KV));
-    int v_offset = swizzled<kRowBytes>(warp_n * kWarpKeys + lane / 8 % 2 * 8 + lane % 8, lane / 16);
     bool nonfinite = false;
 #pragma unroll
-    for (int step = 0; step < kRowBytes / 32; step++) {
+    for (int step = 0; step < kHeadTile * int(sizeof(KV)) / 32; step++) {
       if (step * 32 >= value_bytes) break;
 #pragma unroll
-      for (int keys = 0; keys < kWarpKeys / 16; keys++) {
-        unsigned b[4];
-        ptx::ldmatrix_x4_trans(b, v + swizzled_step<kRowBytes>(v_offset, keys * 16, step * 2));
-        if constexpr (sizeof(KV) == 2) {
-          if (masked)
-            for (int i = 0; i < 4; i++) nonfinite |= drop_nonfinite<T>(b[i]);
-          mma_m16n8k16<T>(out[step * 2], weights[keys], b[0], b[1]);
-          mma_m16n8k16<T>(out[step * 2 + 1], weights[keys], b[2], b[3]);
-        } else {
-          unsigned even[4], odd[4];  // columns; a register has two of two keys
+      for (int keys = 0; keys < kWarpKeys; keys += 16) {
+        unsigned b[kStepTiles<KV>][2];
+        load_v<KV>(v, step, keys, b);
+        if (masked)
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            unsigned pairs[2];
-            decode<T, KV>(ptx::prmt(b[i], 0, 0x3120), pairs);
-            if (masked) nonfinite |= drop_nonfinite<T>(pairs[0]) | drop_nonfinite<T>(pairs[1]);
-            even[i] = pairs[0], odd[i] = pairs[1];
-          }
+          for (int i = 0; i < kStepTiles<KV> * 2; i++) nonfinite |= drop_nonfinite<T>(b[i / 2][i % 2]);
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            mma_m16n8k16<T>(out[step * 4 + i * 2], weights[keys], even[i * 2], even[i * 2 + 1]);
-            mma_m16n8k16<T>(out[step * 4 + i * 2 + 1], weights[keys], odd[i * 2], odd[i * 2 + 1]);
-          }
-        }
+        for (int i = 0; i < kStepTiles<KV>; i++)
+          mma_m16n8k16<T>(out[step * kStepTiles<KV> + i], weights[keys / 16], b[i][0], b[i][1]);
       }
     }
     return nonfinite;
   }
 
-  // Adds the NaN and infinite values of a masked tile to those rows that see them; zero weights would spread them to all.
+  // Adds the NaN and infinite values of a masked tile to the rows that see them (weights of zero would spread them to all). The tensor
+  // core counts them per row and column: NaN in ones, inf in 128s, -inf in 16384s.
   template <class KV>
-  DEVICE void add_nonfinite(int tile, const char* v, const unsigned (&weights)[kWarpKeys / 16][4]) {
-    unsigned bits[2][kWords];
-    visible_bits(tile, 0, bits[0]);
-    visible_bits(tile, 1, bits[1]);
-#pragma unroll 1
-    for (int i = 0; i < kWarpKeys; i++) {
-      int key = warp_n * kWarpKeys + i;
-      float weight[2];
-      bool seen[2];
+  DEVICE void add_nonfinite(int tile, const char* v) {
+    unsigned seen[kWarpKeys / 16][4];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        unsigned pair = 0;
+    for (int half = 0; half < 2; half++) {
+      unsigned bits[kWords];
+      visible_bits(tile, half, bits);
 #pragma unroll
-        for (int step = 0; step < kWarpKeys / 16; step++)
-          if (step == i / 16) pair = i % 16 < 8 ? weights[step][half] : weights[step][2 + half];
-        pair = __shfl_sync(0xffffffffu, pair, lane / 4 * 4 + i % 8 / 2);
-        unsigned word = kWords == 1 || key < 32 ? bits[half][0] : bits[half][kWords - 1];
-        seen[half] = word >> (key & 31) & 1;
-        weight[half] = unpack<T>(pair, i % 2);
+      for (int i = 0; i < kWarpKeys / 8; i++) {
+        int key = warp_n * kWarpKeys + i * 8 + lane % 4 * 2;
+        unsigned word = (kWords == 1 || key < 32 ? bits[0] : bits[kWords - 1]) >> (key & 31);
+        seen[i / 2][i % 2 * 2 + half] = pack<T>(float(word & 1), float(word >> 1 & 1));
+      }
+    }
+    auto code = [](float x) { return isnan(x) ? 1.f : isinf(x) ? (x > 0 ? 128.f : 16384.f) : 0.f; };
+#pragma unroll
+    for (int step = 0; step < kHeadTile * int(sizeof(KV)) / 32; step++) {
+      if (step * 32 >= int(work.p.v_cache.size[3]) * int(sizeof(KV))) break;
+      float counts[kStepTiles<KV>][4] = {};
+#pragma unroll
+      for (int keys = 0; keys < kWarpKeys; keys += 16) {
+        unsigned b[kStepTiles<KV>][2];
+        load_v<KV>(v, step, keys, b);
+#pragma unroll
+        for (int i = 0; i < kStepTiles<KV>; i++)
+          mma_m16n8k16<T>(counts[i], seen[keys / 16], pack<T>(code(unpack<T>(b[i][0], 0)), code(unpack<T>(b[i][0], 1))),
+                          pack<T>(code(unpack<T>(b[i][1], 0)), code(unpack<T>(b[i][1], 1))));
       }
 #pragma unroll
-      for (int j = 0; j < kHeadTile / 8; j++)
+      for (int i = 0; i < kStepTiles<KV>; i++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          int column = column_of<KV>(j, e);
-          if (column >= int(work.p.v_cache.size[3])) continue;
-          const char* at = v + swizzled<kHeadTile * int(sizeof(KV))>(key, column * int(sizeof(KV)) / 16) + column * int(sizeof(KV)) % 16;
-          float value;
-          if constexpr (sizeof(KV) == 2) {
-            value = to_float(*reinterpret_cast<const T*>(at));
-          } else {
-            unsigned pairs[2];
-            decode<T, KV>(*reinterpret_cast<const uint8_t*>(at), pairs);
-            value = unpack<T>(pairs[0], 0);
-          }
-          if (isfinite(value)) continue;
-          if (seen[0]) out[j][e] += weight[0] * value;
-          if (seen[1]) out[j][2 + e] += weight[1] * value;
+        for (int j = 0; j < 4; j++) {
+          int count = int(counts[i][j]);
+          if (count & 127) out[step * kStepTiles<KV> + i][j] = NAN;
+          if (count >> 7 & 127) out[step * kStepTiles<KV> + i][j] += INFINITY;
+          if (count >> 14) out[step * kStepTiles<KV> + i][j] -= INFINITY;
         }
     }
   }
@@ -375,7 +373,7 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
       if (tile + 1 < last) find_ancestors(tile + 1);
       if (has_rows) {
         bool nonfinite = multiply_weights_v<KV>(v, masked, weights);
-        if (masked && __any_sync(0xffffffffu, nonfinite)) add_nonfinite<KV>(tile, v, weights);
+        if (masked && __any_sync(0xffffffffu, nonfinite)) add_nonfinite<KV>(tile, v);
       }
     }
     ptx::cp_async_wait_all();
@@ -461,7 +459,7 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
       }
       bool writer = lane % 4 == 0 && warp_n == 0 && global_row < work.rows;
       if (work.splits > 1) {
-        if (writer) partials.state[work.partial_row(global_row)] = make_float2(m, l);
+        if (writer) partials.state[work.partial_row(global_row)] = make_float2(depth[half] < 0 ? NAN : m, l);
       } else if (global_row < work.rows) {
         int head = work.query_head(global_row);
         float lse, sink = p.sinks && depth[half] >= 0 ? *p.sinks.at<const float>(head) : -INFINITY;

@@ -10,7 +10,8 @@
 
 namespace torch_kernels {
 
-// Partial results of splits: O [B, Hk, splits, T * G, Dv] unnormalised, then (maximum, sum) [B, Hk, splits, T * G]; natural exponents.
+// Partial results of splits: O [B, Hk, splits, T * G, Dv] unnormalised, then (maximum, sum) [B, Hk, splits, T * G], natural exponents;
+// the maximum of a padding row is NaN, which no other row's is.
 struct Partials {
   float* out;
   float2* state;
@@ -58,7 +59,7 @@ struct TreeAttentionWork {
   // Looking up a key takes a block table entry from global memory, so it comes in two steps with time to pass between them.
   DEVICE int64_t table_entry(int tile, int key) const {
     if (!p.block_table || tile >= tiles || !in_cache(tile)) return batch;
-    int64_t page = int64_t(first_slot(tile) + key) / plan.page_size;
+    int page = (first_slot(tile) + key) / plan.page_size;
     return page < p.block_table.size[1] ? p.block_table.index(batch, page) : -1;
   }
   // (page or sequence, slot in it) of a key, or (-1, 0) when there is none.
