@@ -56,9 +56,10 @@ DEVICE void int8x4_to_bfloat162x2(unsigned packed, __nv_bfloat162 (&out)[2]) {
 DEVICE void uint4x8_to_half2x4(unsigned packed, __half2 (&out)[4]) {
   constexpr int and_or = (0xF0 & 0xCC) | 0xAA;
   __half2 bias = half2_of(0x64006400u);  // 1024
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    out[i] = __hsub2(half2_of(ptx::lop3<and_or>(packed >> (4 * i), 0x000f000fu, 0x64006400u)), bias);
+  out[0] = __hsub2(half2_of(ptx::lop3<and_or>(packed, 0x000f000fu, 0x64006400u)), bias);
+  out[1] = __hsub2(half2_of(ptx::lop3<and_or>(packed >> 4, 0x000f000fu, 0x64006400u)), bias);
+  out[2] = __hsub2(half2_of(ptx::lop3<and_or>(packed >> 8, 0x000f000fu, 0x64006400u)), bias);
+  out[3] = __hsub2(half2_of(ptx::lop3<and_or>(packed >> 12, 0x000f000fu, 0x64006400u)), bias);
 }
 
 }  // namespace torch_kernels

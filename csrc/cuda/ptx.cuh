@@ -7,6 +7,7 @@
 //   * dynamic shared memory comes from dynamic_shared<T>(); `__shared__` arrays work but are neither poisoned nor checked
 //   * shared memory that threads exchange goes through Shared<T> where speed allows: a raw pointer on the device, and under the
 //     emulator an array whose bounds are checked and whose races are reported. Write `T x = s[i]`, not `auto x = s[i]`.
+//   * g++ is given -x c++ -std=c++20 -Wno-unknown-pragmas (for #pragma unroll) and the CUDA headers' directory
 //   * kernels start through launch() in launch.cuh; CUDA headers other than cuda_fp16/bf16/fp8.h are not included
 #pragma once
 #include <cstddef>

@@ -380,7 +380,7 @@ inline void run_block(uint3 index) {
     for (int w = m.warps - 1; w > 0; w--) std::swap(m.warp_of[w], m.warp_of[m.random() % (w + 1)]);
   for (int w = 0; w < m.warps; w++) {
     m.rank_of[m.warp_of[w]] = w;
-    m.lanes[w] = m.exited[w] = 0;
+    m.lanes[w] = m.exited[w] = m.ready[w] = 0;
     m.meetings[w].clear();
   }
   for (Barrier& b : m.barriers) b.arrived = 0, b.waiting.clear();
@@ -393,7 +393,7 @@ inline void run_block(uint3 index) {
     t.fiber.prepare(m.stacks[i], Stacks::bytes, thread_entry);
     m.lanes[t.warp] |= 1u << t.lane;
   }
-  for (int w = 0; w < m.warps; w++) m.ready[w] = 0, m.make_ready(w, m.lanes[w]);
+  for (int w = 0; w < m.warps; w++) m.make_ready(w, m.lanes[w]);
   m.running = m.next();
   Fiber::transfer(m.scheduler, m.running->fiber);
   if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));

@@ -7,8 +7,6 @@
 #include "shared.h"
 #include "tensor_core.h"
 
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // kernels say #pragma unroll
-
 #define DEVICE inline
 #define HOST_DEVICE inline
 
