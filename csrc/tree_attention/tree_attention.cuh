@@ -438,7 +438,8 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int row = warp_m * 16 + half * 8 + lane / 4;
-      sum[half] = depth[half] < 0 ? 0.f : quad_sum(sum[half]);
+      sum[half] = quad_sum(sum[half]);
+      if (depth[half] < 0) sum[half] = 0;
       if (lane % 4 == 0) states[warp_n * kRowTile + row] = make_float2(maximum[half] * kLn2, sum[half]);
     }
     __syncthreads();
