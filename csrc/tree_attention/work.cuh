@@ -7,6 +7,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 #include "plan.h"
+#include "tree.cuh"
 
 namespace torch_kernels {
 
@@ -89,12 +90,6 @@ struct TreeAttentionWork {
     return ((int64_t(batch) * p.k_cache.size[2] + head) * plan.grid_splits + split) * rows + row;
   }
 };
-
-// The parent of a node, -1 for a root; -2 for padding and for whatever cannot be a parent.
-DEVICE int checked_parent(const Tensor& parents, int64_t batch, int64_t node) {
-  int64_t parent = parents.index(batch, node);
-  return parent >= -1 && parent < node ? int(parent) : -2;
-}
 
 // One row's way from its node up to the root. Ancestors come in descending order, as the tree's tiles do.
 struct AncestorWalk {
