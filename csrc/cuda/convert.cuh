@@ -1,15 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fast conversions of packed small types, built from the instructions in ptx.cuh; one source for the device and the emulator.
+// Fast conversions of packed small types, built from the instructions in ptx.cuh; one source for the device and the
+// emulator.
 #pragma once
+#include <cstring>
+
 #include "ptx.cuh"
 
 namespace torch_kernels {
 
-DEVICE unsigned bits_of(__half2 x) { return *reinterpret_cast<unsigned*>(&x); }
-DEVICE unsigned bits_of(__nv_bfloat162 x) { return *reinterpret_cast<unsigned*>(&x); }
-DEVICE __half2 half2_of(unsigned bits) { return *reinterpret_cast<__half2*>(&bits); }
-DEVICE __nv_bfloat162 bfloat162_of(unsigned bits) { return *reinterpret_cast<__nv_bfloat162*>(&bits); }
+template <class To, class From>
+DEVICE To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(static_cast<void*>(&to), &from, sizeof(To));
+  return to;
+}
+DEVICE unsigned bits_of(__half2 x) { return same_bits<unsigned>(x); }
+DEVICE unsigned bits_of(__nv_bfloat162 x) { return same_bits<unsigned>(x); }
+DEVICE __half2 half2_of(unsigned bits) { return same_bits<__half2>(bits); }
+DEVICE __nv_bfloat162 bfloat162_of(unsigned bits) { return same_bits<__nv_bfloat162>(bits); }
 
 // Two e4m3 bytes, the lower first. Exact, NaN included.
 DEVICE __half2 e4m3x2_to_half2(uint16_t pair) {

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// launch(kernel, grid, block, shared_bytes, stream, args...) starts a kernel or throws std::runtime_error that names it.
-// DeviceGuard makes a tensor's device current for a scope. Under g++ both come from the emulator.
+// launch(kernel, grid, block, shared_bytes, stream, args...) starts a kernel or throws std::runtime_error that names
+// it. DeviceGuard makes a tensor's device current for a scope. g++ gets both from the emulator.
 #pragma once
+#include <concepts>
+#include <source_location>
+#include <tuple>
+#include <utility>
+
 #include "ptx.cuh"
 
-#ifndef __CUDACC__
-#include "../emulator/launch.h"
-#else
+#ifdef __CUDACC__
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
@@ -15,12 +18,23 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <utility>
+#else
+#include "../emulator/machine.h"
+#endif
 
 namespace torch_kernels {
 
-inline std::string kernel_name(const void* kernel) {
+// A dim3 that remembers the line it was written on, for messages. Made from a dim3 or an integer.
+struct Grid : dim3 {
+  Grid(dim3 size, std::source_location site = std::source_location::current()) : dim3(size), site(site) {}
+  template <std::integral I>
+  Grid(I x, std::source_location site = std::source_location::current()) : dim3(unsigned(x)), site(site) {}
+  std::source_location site;
+};
+
+#ifdef __CUDACC__
+
+inline std::string kernel_name(const void* kernel, const Grid& grid) {
 #if CUDART_VERSION >= 12030
   const char* mangled = nullptr;
   if (cudaFuncGetName(&mangled, kernel) == cudaSuccess && mangled) {
@@ -28,7 +42,9 @@ inline std::string kernel_name(const void* kernel) {
     return name ? name.get() : mangled;
   }
 #endif
-  return "a CUDA kernel";
+  // Without a driver, or without an image for the device, the runtime does not tell.
+  std::string file = grid.site.file_name();
+  return "the kernel at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(grid.site.line());
 }
 
 [[noreturn]] inline void throw_cuda_error(cudaError_t error, const std::string& what) {
@@ -50,7 +66,7 @@ inline std::string kernel_name(const void* kernel) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments&&... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
@@ -58,16 +74,17 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
     cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess)
       throw_cuda_error(error, "asking for " + std::to_string(shared_bytes) + " bytes of shared memory for " +
-                                  kernel_name(function));
+                                  kernel_name(function, grid));
   }
   std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   cudaError_t error = std::apply(
       [&](auto&... value) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(std::addressof(value)))..., nullptr};
-        return cudaLaunchKernel(function, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+        return cudaLaunchKernel(function, static_cast<dim3>(grid), block, pointers, shared_bytes,
+                                static_cast<cudaStream_t>(stream));
       },
       values);
-  if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function));
+  if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function, grid));
 }
 
 class DeviceGuard {
@@ -85,5 +102,26 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-}  // namespace torch_kernels
+#else
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* /*stream*/,
+            Arguments&&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  auto body = [&] { std::apply(kernel, values); };
+  emulator::run_grid(
+      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+      [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int) {}
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+};
+
 #endif
+
+}  // namespace torch_kernels

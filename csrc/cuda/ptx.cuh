@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The only inline assembly of the project: each PTX instruction the kernels use, wrapped once. g++ takes the same names from
-// emulator/ptx.h, which defines in C++ what each instruction does, so that every kernel also runs on a CPU.
+// The only inline assembly of the project: each PTX instruction the kernels use, wrapped once. g++ takes the same names
+// from emulator/ptx.h, which defines in C++ what each instruction does, so that every kernel also runs on a CPU.
 //
 // Rules that keep a kernel runnable on both:
-//   * dynamic shared memory comes from dynamic_shared<T>(); `__shared__` arrays work but are neither poisoned nor checked
-//   * shared memory that threads exchange goes through Shared<T> where speed allows: a raw pointer on the device, and under the
-//     emulator an array whose bounds are checked and whose races are reported. Write `T x = s[i]`, not `auto x = s[i]`.
+//   * dynamic shared memory comes from dynamic_shared<T>(); `__shared__` arrays work, but unpoisoned and unchecked
+//   * shared memory that threads exchange goes through Shared<T> where speed allows: a raw pointer on the device, and
+//     under the emulator an array whose bounds are checked and whose races are reported. Write `T x = s[i]`, since
+//     `auto x = s[i]` would read when x is used
 //   * g++ is given -x c++ -std=c++20 -Wno-unknown-pragmas (for #pragma unroll) and the CUDA headers' directory
 //   * kernels start through launch() in launch.cuh; CUDA headers other than cuda_fp16/bf16/fp8.h are not included
 #pragma once
@@ -70,25 +71,29 @@ DEVICE int lane_id() {
   return lane;
 }
 
-// --- Asynchronous copies, global to shared. With `valid`, bytes past the first `valid` are written as zeros and not read. ---
+// --- Asynchronous copies, global to shared. With `valid`, bytes past the first `valid` are written as zeros and not
+// read. ---
 
 DEVICE void cp_async_16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 DEVICE void cp_async_16(void* to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+               : "memory");
 }
 DEVICE void cp_async_8(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 DEVICE void cp_async_8(void* to, const void* from, int valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+               : "memory");
 }
 DEVICE void cp_async_4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 DEVICE void cp_async_4(void* to, const void* from, int valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+               : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's committed groups are in flight.
@@ -101,7 +106,10 @@ DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"
 // --- Matrix loads: 8x8 tiles of 16-bit elements; lane 8i+j gives the address of row j of tile i. ---
 
 DEVICE void ldmatrix_x1(unsigned (&r)[1], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+               : "=r"(r[0])
+               : "r"(shared_address(row))
+               : "memory");
 }
 DEVICE void ldmatrix_x2(unsigned (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
@@ -137,10 +145,9 @@ DEVICE void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
 // --- Tensor core products, d += a * b: a is row-major (m x k), b is column-major (k x n). ---
 
 DEVICE void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DEVICE void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile(
@@ -194,7 +201,9 @@ DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 // --- Barriers: ids 1 to 15 (0 is __syncthreads), `threads` counts all that arrive or wait, in whole warps. ---
 
 DEVICE void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEVICE void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // --- Global loads of 4, 8 or 16 bytes. `streaming` data is read once: it does not take up L1. ---
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Stackful fibers: one per emulated CUDA thread. The switch is hand-written for x86-64 and aarch64 Linux (a dozen instructions);
-// elsewhere it is ucontext, which costs two system calls.
+// Stackful fibers: one per emulated CUDA thread. The switch is hand-written for x86-64 and aarch64 Linux (a dozen
+// instructions); elsewhere it is ucontext, which costs two system calls.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>
@@ -10,14 +10,13 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__ELF__) && defined(__x86_64__)
+// EMULATOR_UCONTEXT asks for the portable switch.
+#if defined(__ELF__) && defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
 #define EMULATOR_SWITCH_X86_64
-#elif defined(__ELF__) && defined(__aarch64__)
+#elif defined(__ELF__) && defined(__aarch64__) && !defined(EMULATOR_UCONTEXT)
 #define EMULATOR_SWITCH_AARCH64
 #else
 #include <ucontext.h>
-
-#include <deque>
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -32,7 +31,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// emulator_switch(void** save, void* load): pushes the callee-saved registers, stores the stack pointer in *save, continues at load.
+// emulator_switch(void** save, void* load): pushes the callee-saved registers, stores the stack pointer in *save,
+// continues at load.
 #if defined(EMULATOR_SWITCH_X86_64)
 asm(R"(
 .section .text.emulator_switch,"axG",@progbits,emulator_switch,comdat
@@ -110,7 +110,8 @@ class Fiber {
     fake_stack_ = nullptr;
 #endif
 #if defined(EMULATOR_SWITCH_X86_64)
-    void** top = reinterpret_cast<void**>(stack + bytes) - 8;  // 16-byte aligned; entry sees rsp + 8 aligned, as after a call
+    void** top =
+        reinterpret_cast<void**>(stack + bytes) - 8;  // 16-byte aligned; entry sees rsp + 8 aligned, as after a call
     for (int i = 0; i < 8; i++) top[i] = nullptr;
     top[6] = reinterpret_cast<void*>(entry);
     pointer_ = top;
@@ -182,7 +183,8 @@ class Stacks {
   void reserve(int count) {
     if (count <= count_) return;
     if (memory_) munmap(memory_, count_ * step());
-    memory_ = static_cast<char*>(mmap(nullptr, count * step(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    memory_ = static_cast<char*>(
+        mmap(nullptr, count * step(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
     count_ = count;
     for (int i = 0; i < count; i++) mprotect((*this)[i], bytes, PROT_READ | PROT_WRITE);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The emulator's half of cuda/ptx.cuh: what each instruction does, in C++. Each takes the caller's line as a hidden last argument.
+// The emulator's half of cuda/ptx.cuh: what each instruction does, in C++. Each takes the caller's line as a hidden
+// last argument.
 #pragma once
-#include "cuda.h"
+#include "builtins.h"
 #include "machine.h"
 #include "shared.h"
 #include "tensor_core.h"
@@ -61,13 +62,16 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, Site site = Sit
   emulator::ldmatrix<4, true>(r, row, "ldmatrix.x4.trans", site);
 }
 
-inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site = Site::current()) {
+inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                             Site site = Site::current()) {
   emulator::mma_m16n8<emulator::F16>(d, a, b0, b1, "mma.m16n8k16.f16", site);
 }
-inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site = Site::current()) {
+inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                              Site site = Site::current()) {
   emulator::mma_m16n8<emulator::BF16>(d, a, b0, b1, "mma.m16n8k16.bf16", site);
 }
-inline void mma_m16n8k32_s8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site = Site::current()) {
+inline void mma_m16n8k32_s8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                            Site site = Site::current()) {
   emulator::mma_m16n8<emulator::S8>(d, a, b0, b1, "mma.m16n8k32.s8", site);
 }
 
@@ -110,8 +114,12 @@ V load_aligned(const void* from, Site site) {
     emulator::fail("loads " + std::to_string(sizeof(V)) + " bytes from an unaligned address", site);
   return *static_cast<const V*>(from);
 }
-inline unsigned load_streaming_4(const void* from, Site site = Site::current()) { return load_aligned<unsigned>(from, site); }
+inline unsigned load_streaming_4(const void* from, Site site = Site::current()) {
+  return load_aligned<unsigned>(from, site);
+}
 inline uint2 load_streaming_8(const void* from, Site site = Site::current()) { return load_aligned<uint2>(from, site); }
-inline uint4 load_streaming_16(const void* from, Site site = Site::current()) { return load_aligned<uint4>(from, site); }
+inline uint4 load_streaming_16(const void* from, Site site = Site::current()) {
+  return load_aligned<uint4>(from, site);
+}
 
 }  // namespace torch_kernels::ptx

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Shadow memory: who last wrote and read each word of shared memory, and which barriers lie between them and now.
-// Order between threads is kept per warp, as vector clocks: seen(w, v) is the time up to which warp w has seen the accesses of
-// warp v. A barrier advances the time and merges the clocks of the warps it joins.
+// Order between threads is kept per warp, as vector clocks: seen(w, v) is the time up to which warp w has seen the
+// accesses of warp v. A barrier advances the time and merges the clocks of the warps it joins.
 #pragma once
 #include <algorithm>
 #include <cstdint>

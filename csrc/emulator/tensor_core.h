@@ -69,7 +69,9 @@ void mma_m16n8(D* d, const unsigned* a, unsigned b0, unsigned b1, const char* na
   auto run = [](void* const* operands, unsigned) {
     using T = typename Type::Accumulator;
     using Layout = Fragment<Type::per_word>;
-    T a[16][Layout::k], b[Layout::k][8], d[16][8];
+    typedef T Row __attribute__((vector_size(8 * sizeof(T))));
+    T a[16][Layout::k];
+    Row b[Layout::k], d[16];
     for (int lane = 0; lane < 32; lane++) {
       const auto& o = *static_cast<MmaOperands<D>*>(operands[lane]);
       for (int word = 0; word < 4; word++)
@@ -87,9 +89,11 @@ void mma_m16n8(D* d, const unsigned* a, unsigned b0, unsigned b1, const char* na
         d[e.row][e.column] = T(o.d[word]);
       }
     }
-    for (int row = 0; row < 16; row++)
-      for (int k = 0; k < Layout::k; k++)
-        for (int column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
+    for (int row = 0; row < 16; row++) {
+      Row sum = d[row];
+      for (int k = 0; k < Layout::k; k++) sum += a[row][k] * b[k];
+      d[row] = sum;
+    }
     for (int lane = 0; lane < 32; lane++)
       for (int word = 0; word < 4; word++) {
         Element e = fragment_d(lane, word);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every wrapped instruction against a plain formula. The same file runs on the emulator (g++) and on a device (nvcc), which is how
-// the emulator itself is checked. Prints one line per failure; exits 1 if there was any.
+// Every wrapped instruction against a plain formula. The same file runs on the emulator (g++) and on a device (nvcc),
+// which is how the emulator itself is checked. Prints one line per failure; exits 1 if there was any.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -90,8 +90,10 @@ __global__ void collectives_kernel(unsigned* out) {
   put(__reduce_xor_sync(full, v));
   // Both halves of a warp, one after the other.
   unsigned in_half;
-  if (lane < 16) in_half = __shfl_xor_sync(half, v, 2);
-  else in_half = __reduce_max_sync(half, v);
+  if (lane < 16)
+    in_half = __shfl_xor_sync(half, v, 2);
+  else
+    in_half = __reduce_max_sync(half, v);
   put(in_half);
   put(__syncthreads_or(t == 70));
   put(__syncthreads_and(t < 70));
@@ -126,7 +128,8 @@ void test_collectives() {
     check(v((lane * 7 + 3) % 32));
     check(v(lane / 4 * 4 + (lane + 1) % 4));
     unsigned ballot = 0, same = 0;
-    for (int l = 0; l < 32; l++) ballot |= unsigned((v(l) & 4) != 0) << l, same |= unsigned(v(l) % 3 == v(lane) % 3) << l;
+    for (int l = 0; l < 32; l++)
+      ballot |= unsigned((v(l) & 4) != 0) << l, same |= unsigned(v(l) % 3 == v(lane) % 3) << l;
     check(ballot);
     check(0), check(1), check(1), check(0);
     check(same);
@@ -221,7 +224,9 @@ void test_arithmetic() {
     expect("rcp", f[2], 1.0 / y, 1e-6 / y);
     expect("tanh", f[3], std::tanh(double(x)), 1e-3);
     double scaled = x * 1e8f;
-    double rounded = scaled >= 2147483648. ? 2147483647. : scaled < -2147483648. ? -2147483648. : std::nearbyint(scaled);
+    double rounded = scaled >= 2147483648.   ? 2147483647.
+                     : scaled < -2147483648. ? -2147483648.
+                                             : std::nearbyint(scaled);
     expect("float to int", f[4], float(rounded) + std::trunc(x), 256);
     double other = std::fmin(std::fmax(x, 0), 1) + double(x) / y + 1 / std::sqrt(y) + a % 5 + std::fmin(x, 1.5);
     expect("float functions", f[5], other, 1e-4 * std::fmax(1., std::fabs(other)));
@@ -256,7 +261,9 @@ void test_conversions() {
       int byte = i >> 8 * n & 0xff, exponent = byte >> 3 & 15, mantissa = byte & 7;
       double magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
       expect("e4m3 " + std::to_string(byte), fp8[2 * i + n],
-             (byte & 0x7f) == 0x7f ? NAN : byte & 0x80 ? -magnitude : magnitude);
+             (byte & 0x7f) == 0x7f ? NAN
+             : byte & 0x80         ? -magnitude
+                                   : magnitude);
     }
     unsigned packed = unsigned(i) | mixed(i) << 16;
     for (int n = 0; n < 4; n++) {
@@ -289,13 +296,16 @@ struct Byte {
   using T = int8_t;
   using D = int;
   static constexpr int k = 32;
-  DEVICE static void mma(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { ptx::mma_m16n8k32_s8(d, a, b0, b1); }
+  DEVICE static void mma(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    ptx::mma_m16n8k32_s8(d, a, b0, b1);
+  }
 };
 
 // B is given as B^T[8][K] (b_rows false) or, for 16-bit types, as B[K][8] (b_rows true: ldmatrix.trans).
 // `valid_k`: columns of A from there on count as zero, by cp.async's zero fill.
 template <class Type, bool b_rows, int loads>
-__global__ void matmul_kernel(const typename Type::T* a, const typename Type::T* b, typename Type::D* c, int K, int valid_k) {
+__global__ void matmul_kernel(const typename Type::T* a, const typename Type::T* b, typename Type::D* c, int K,
+                              int valid_k) {
   using T = typename Type::T;
   constexpr int k = Type::k, per_16 = 16 / sizeof(T);
   Shared<T> as = shared_array<T>(0, 16 * k), bs = shared_array<T>(16 * k * sizeof(T), 8 * k);
@@ -313,8 +323,11 @@ __global__ void matmul_kernel(const typename Type::T* a, const typename Type::T*
       const T* from = b_rows ? b + (k0 + lane) * 8 : b + (lane / 2) * K + k0 + lane % 2 * per_16;
       if (lane < 8) {
         ptx::cp_async_8(to, from);
-        if (lane < 4) ptx::cp_async_4(to + per_16 / 2, from + per_16 / 2), ptx::cp_async_4(to + per_16 * 3 / 4, from + per_16 * 3 / 4);
-        else ptx::cp_async_8(to + per_16 / 2, from + per_16 / 2, 8);
+        if (lane < 4)
+          ptx::cp_async_4(to + per_16 / 2, from + per_16 / 2),
+              ptx::cp_async_4(to + per_16 * 3 / 4, from + per_16 * 3 / 4);
+        else
+          ptx::cp_async_8(to + per_16 / 2, from + per_16 / 2, 8);
       } else {
         ptx::cp_async_16(to, from);
       }
@@ -498,8 +511,10 @@ void test_bijective(const char* name, int rows, int columns, int words, int part
     for (int word = 0; word < words; word++)
       for (int part = 0; part < parts; part++) {
         emulator::Element e = at(lane, word, part);
-        if (e.row < 0 || e.row >= rows || e.column < 0 || e.column >= columns) expect(name, e.row, -1);
-        else times[e.row * columns + e.column]++;
+        if (e.row < 0 || e.row >= rows || e.column < 0 || e.column >= columns)
+          expect(name, e.row, -1);
+        else
+          times[e.row * columns + e.column]++;
       }
   for (int count : times) expect(name, count, 1);
 }

@@ -21,7 +21,8 @@
 #define __device__
 #define __host__
 #define __constant__
-#define __shared__ static  // blocks run one after another; unlike dynamic shared memory it keeps the last block's values
+#define __shared__ \
+  static  // blocks run one after another; unlike dynamic shared memory it keeps the last block's values
 #define __launch_bounds__(...)
 #define __grid_constant__
 #ifndef __restrict__
@@ -77,8 +78,10 @@ T shuffle(unsigned mask, T value, int source, const char* name, Site site) {
   auto run = [](void* const* operands, unsigned mask) {
     for (unsigned rest = mask; rest; rest &= rest - 1) {
       auto* mine = static_cast<Shuffle<T>*>(operands[std::countr_zero(rest)]);
-      if (mask >> mine->source & 1) mine->result = static_cast<Shuffle<T>*>(operands[mine->source])->value;
-      else std::memset(static_cast<void*>(&mine->result), 0xFF, sizeof(T));
+      if (mask >> mine->source & 1)
+        mine->result = static_cast<Shuffle<T>*>(operands[mine->source])->value;
+      else
+        std::memset(static_cast<void*>(&mine->result), 0xFF, sizeof(T));
     }
   };
   collective(mask, operand, run, name, site);
@@ -93,12 +96,14 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32, emulator::Site
   return emulator::shuffle(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), "__shfl_sync", site);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, emulator::Site site = emulator::Site::current()) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                 emulator::Site site = emulator::Site::current()) {
   int lane = emulator::self().lane, source = lane - int(delta);
   return emulator::shuffle(mask, value, source < (lane & ~(width - 1)) ? lane : source, "__shfl_up_sync", site);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, emulator::Site site = emulator::Site::current()) {
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   emulator::Site site = emulator::Site::current()) {
   int lane = emulator::self().lane, source = lane + int(delta);
   return emulator::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source, "__shfl_down_sync", site);
 }
@@ -139,7 +144,7 @@ R pooled(unsigned mask, T value, Combine, const char* name, Site site) {
 
 template <class T, class Op>
 T reduced(unsigned mask, T value, Op, const char* name, Site site) {
-  auto fold = [](const T (&values)[32], unsigned lanes, int) {
+  auto fold = [](const T(&values)[32], unsigned lanes, int) {
     T total = values[std::countr_zero(lanes)];
     for (lanes &= lanes - 1; lanes; lanes &= lanes - 1) total = Op()(total, values[std::countr_zero(lanes)]);
     return total;
@@ -186,11 +191,11 @@ unsigned __match_all_sync(unsigned mask, T value, int* all, emulator::Site site 
   return *all ? mask : 0;
 }
 
-#define EMULATOR_REDUCTION(name, expression)                                                             \
-  template <class T>                                                                                     \
-  T name(unsigned mask, T value, emulator::Site site = emulator::Site::current()) {                      \
-    static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);                                \
-    return emulator::reduced(mask, value, [](T a, T b) -> T { return expression; }, #name, site);        \
+#define EMULATOR_REDUCTION(name, expression)                                                      \
+  template <class T>                                                                              \
+  T name(unsigned mask, T value, emulator::Site site = emulator::Site::current()) {               \
+    static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);                         \
+    return emulator::reduced(mask, value, [](T a, T b) -> T { return expression; }, #name, site); \
   }
 EMULATOR_REDUCTION(__reduce_add_sync, T(unsigned(a) + unsigned(b)))
 EMULATOR_REDUCTION(__reduce_min_sync, a < b ? a : b)
@@ -202,12 +207,12 @@ EMULATOR_REDUCTION(__reduce_xor_sync, a ^ b)
 
 // --- Atomics: integers only, since floating-point ones would make results depend on the order of threads. ---
 
-#define EMULATOR_ATOMIC(name, expression)                          \
-  template <std::integral T>                                       \
-  T name(T* address, std::type_identity_t<T> value) {              \
-    T old = *address;                                              \
-    *address = expression;                                         \
-    return old;                                                    \
+#define EMULATOR_ATOMIC(name, expression)             \
+  template <std::integral T>                          \
+  T name(T* address, std::type_identity_t<T> value) { \
+    T old = *address;                                 \
+    *address = expression;                            \
+    return old;                                       \
   }
 EMULATOR_ATOMIC(atomicAdd, T(std::make_unsigned_t<T>(old) + std::make_unsigned_t<T>(value)))
 EMULATOR_ATOMIC(atomicSub, T(std::make_unsigned_t<T>(old) - std::make_unsigned_t<T>(value)))
@@ -228,15 +233,25 @@ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T
 // --- Cache hints ---
 
 template <class T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcs(const T* p) { return *p; }
+T __ldcs(const T* p) {
+  return *p;
+}
 template <class T>
-T __ldcg(const T* p) { return *p; }
+T __ldcg(const T* p) {
+  return *p;
+}
 template <class T>
-void __stcs(T* p, std::type_identity_t<T> v) { *p = v; }
+void __stcs(T* p, std::type_identity_t<T> v) {
+  *p = v;
+}
 template <class T>
-void __stcg(T* p, std::type_identity_t<T> v) { *p = v; }
+void __stcg(T* p, std::type_identity_t<T> v) {
+  *p = v;
+}
 
 // --- Bits and integers ---
 
@@ -280,15 +295,19 @@ template <class A, class B>
   requires(std::is_arithmetic_v<A> && std::is_arithmetic_v<B>)
 constexpr std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(T(a), T(b));
-  else return T(b) < T(a) ? T(b) : T(a);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmin(T(a), T(b));
+  else
+    return T(b) < T(a) ? T(b) : T(a);
 }
 template <class A, class B>
   requires(std::is_arithmetic_v<A> && std::is_arithmetic_v<B>)
 constexpr std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
-  if constexpr (std::is_floating_point_v<T>) return std::fmax(T(a), T(b));
-  else return T(a) < T(b) ? T(b) : T(a);
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmax(T(a), T(b));
+  else
+    return T(a) < T(b) ? T(b) : T(a);
 }
 
 // --- Floating point. The fast functions are exact to rounding here: a kernel may not depend on their error. ---
@@ -351,10 +370,16 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
   return __nv_bfloat162(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y));
 }
 
-#define EMULATOR_HALF_FUNCTION(name, expression)                                                                        \
-  inline __half h##name(__half h) { float x = __half2float(h); return __float2half_rn(expression); }                    \
-  inline __nv_bfloat16 h##name(__nv_bfloat16 h) { float x = __bfloat162float(h); return __float2bfloat16_rn(expression); } \
-  inline __half2 h2##name(__half2 h) { return __half2(h##name(h.x), h##name(h.y)); }                                    \
+#define EMULATOR_HALF_FUNCTION(name, expression)                                     \
+  inline __half h##name(__half h) {                                                  \
+    float x = __half2float(h);                                                       \
+    return __float2half_rn(expression);                                              \
+  }                                                                                  \
+  inline __nv_bfloat16 h##name(__nv_bfloat16 h) {                                    \
+    float x = __bfloat162float(h);                                                   \
+    return __float2bfloat16_rn(expression);                                          \
+  }                                                                                  \
+  inline __half2 h2##name(__half2 h) { return __half2(h##name(h.x), h##name(h.y)); } \
   inline __nv_bfloat162 h2##name(__nv_bfloat162 h) { return __nv_bfloat162(h##name(h.x), h##name(h.y)); }
 EMULATOR_HALF_FUNCTION(exp, std::exp(x))
 EMULATOR_HALF_FUNCTION(exp2, std::exp2(x))
