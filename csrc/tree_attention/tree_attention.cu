@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tree attention: picks the kernel for the dtypes, then joins the splits of those sequences that have several.
+#include "core/error.h"
+#include "cuda.h"
+#include "work.cuh"
+
+namespace torch_kernels {
+
+template <class T, class Cache>
+void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream);
+void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream);
+
+namespace {
+
+// One warp per row of the output: the splits' states and accumulators in ascending order.
+template <class T>
+__global__ void __launch_bounds__(128) tree_attention_combine_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
+  int nodes = int(p.q.size[1]), query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]), value_size = int(p.v_cache.size[3]);
+  int lane = threadIdx.x % 32, group = query_heads / kv_heads, rows = nodes * group;
+  int64_t item = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (item >= p.q.size[0] * kv_heads * rows) return;
+  int row = int(item % rows), node = row / group;
+  int64_t batch = item / rows / kv_heads, kv_head = item / rows % kv_heads, head = kv_head * group + row % group;
+  int splits = plan.splits(plan.clamp_prefix(p.prefix_lens.index(batch)));
+  if (splits == 1) return;  // written already
+
+  int64_t first = (batch * kv_heads + kv_head) * plan.grid_splits * rows + row;
+  float m = -INFINITY, l = 0;
+  for (int s = 0; s < splits; s++) {
+    float2 state = partials.state[first + int64_t(s) * rows];
+    if (state.y != 0) m = fmaxf(m, state.x);
+  }
+  for (int s = 0; s < splits; s++) {
+    float2 state = partials.state[first + int64_t(s) * rows];
+    if (state.y != 0) l += state.y * expf(shift_of(state.x) - shift_of(m));
+  }
+  bool padding = isnan(partials.state[first].x);
+  float lse, sink = p.sinks && !padding ? *p.sinks.at<const float>(head) : -INFINITY;
+  float factor = finish_row(m, l, sink, lse);
+  if (lane == 0) *p.lse.at<float>(batch, head, node) = lse;
+
+  for (int column = lane * 4; column < value_size; column += 128) {
+    float4 total = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int s = 0; s < splits; s++) {
+      float2 state = partials.state[first + int64_t(s) * rows];
+      float4 x = *reinterpret_cast<const float4*>(partials.out + (first + int64_t(s) * rows) * value_size + column);
+      if (state.y == 0) continue;
+      float weight = expf(shift_of(state.x) - shift_of(m));
+      total.x += weight * x.x, total.y += weight * x.y, total.z += weight * x.z, total.w += weight * x.w;
+    }
+    T* to = p.out.at<T>(batch, node, head, column);
+    if (l == 0) factor = 0;
+    if constexpr (sizeof(T) == 4)
+      *reinterpret_cast<float4*>(to) = make_float4(factor * total.x, factor * total.y, factor * total.z, factor * total.w);
+    else
+      *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(factor * total.x, factor * total.y), pack<T>(factor * total.z, factor * total.w));
+  }
+}
+
+template <class T>
+void run(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream) {
+  if constexpr (sizeof(T) == 4) {
+    launch_tree_attention_float32(p, plan, partials, stream);
+  } else {
+    if (p.k_cache.dtype == DType::int8)
+      launch_tree_attention<T, int8_t>(p, plan, partials, stream);
+    else if (p.k_cache.dtype == DType::float8_e4m3)
+      launch_tree_attention<T, __nv_fp8_e4m3>(p, plan, partials, stream);
+    else
+      launch_tree_attention<T, T>(p, plan, partials, stream);
+  }
+  if (plan.grid_splits == 1) return;
+  int64_t rows = p.q.size[0] * p.q.size[1] * p.q.size[2];
+  launch(tree_attention_combine_kernel<T>, dim3(unsigned((rows + 3) / 4)), dim3(128), 0, stream, p, plan, partials);
+}
+
+}  // namespace
+
+namespace cuda {
+
+int64_t tree_attention_workspace_bytes(const TreeAttentionParams& p) {
+  return int64_t(partial_rows(p, make_plan(p))) * (p.v_cache.size[3] + 2) * int64_t(sizeof(float));
+}
+
+void tree_attention(const TreeAttentionParams& p, void* workspace, void* stream) {
+  bool quantised = p.k_cache.dtype == DType::int8 || p.k_cache.dtype == DType::float8_e4m3;
+  require(quantised || p.k_cache.dtype == p.q.dtype, "tree_attention: k_cache must have q's dtype, float8_e4m3fn or int8");
+  require(quantised == bool(p.k_scale), "tree_attention: k_scale and v_scale go with a quantised cache");
+  require(p.q.size[1] <= 1024, "tree_attention: expected at most 1024 nodes, got ", p.q.size[1]);
+  require(std::max(p.q.size[3], p.v_cache.size[3]) <= 256, "tree_attention: expected head sizes up to 256");
+  if (p.out.elements() == 0) return;
+  TreeAttentionPlan plan = make_plan(p);
+  float* out = static_cast<float*>(workspace);
+  Partials partials{out, reinterpret_cast<float2*>(out + partial_rows(p, plan) * p.v_cache.size[3])};
+  if (p.q.dtype == DType::float16)
+    run<__half>(p, plan, partials, stream);
+  else if (p.q.dtype == DType::bfloat16)
+    run<__nv_bfloat16>(p, plan, partials, stream);
+  else
+    run<float>(p, plan, partials, stream);
+}
+
+}  // namespace cuda
+}  // namespace torch_kernels

@@ -1,0 +1,526 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tree attention on tensor cores, for 16-bit queries: flash attention over one split of the keys.
+//
+// K and V tiles travel through one ring of shared memory buffers (K0, V0, K1, V1, ...), filled by cp.async as far ahead as the ring
+// is long. All rows of the block share each tile. Warps that share rows (kWarpsN of them, for few rows) take different keys of each tile
+// and keep a softmax state of their own; the states are joined at the end. 8-bit keys and values are decoded between shared memory
+// and the tensor cores; the mma's k order (for K) and n order (for V) follow from where ldmatrix puts their bytes.
+#pragma once
+#include "work.cuh"
+
+namespace torch_kernels {
+
+template <class Cache, int kHeadTile, int kRowTile>
+struct TreeAttentionShape {
+  static constexpr int kThreads = 128;
+  static constexpr int kWarpsM = kRowTile / 16, kWarpsN = 4 / kWarpsM;
+  static constexpr int kKeys = kHeadTile == 256 ? 32 : 64;  // of a tile
+  static constexpr int kWarpKeys = kKeys / kWarpsN;
+  static constexpr int kWords = kKeys / 32;  // of a mask row
+  static constexpr int kTables = 8;          // tiles whose `present` words are kept; more than the ring holds
+
+  // Byte offsets in shared memory.
+  static constexpr int kRing = kRowTile * kHeadTile * 2;  // behind Q
+  static constexpr int kRingBytes = kHeadTile == 256 && kRowTile == 64 ? 48 << 10 : 64 << 10;
+  static constexpr int kPlaces = kRing + kRingBytes;                    // int2 [2][kKeys]
+  static constexpr int kPresent = kPlaces + 2 * kKeys * 8;              // unsigned [kTables][kWords]
+  static constexpr int kAncestors = kPresent + kTables * kWords * 4;    // unsigned [2][kRowTile][kWords]
+  static constexpr int kDepths = kAncestors + 2 * kRowTile * kWords * 4;  // int [kRowTile]
+  static constexpr int kParents = kDepths + kRowTile * 4;               // int16 [T]
+
+  template <class KV>
+  static constexpr int kBufferBytes = kKeys * kHeadTile * int(sizeof(KV));
+  template <class KV>
+  static constexpr int kBuffers = kRingBytes / kBufferBytes<KV> < 8 ? kRingBytes / kBufferBytes<KV> : 8;
+
+  static_assert(kWarpKeys >= 16);
+  static_assert(kRowTile * (kHeadTile + 8) * 4 + kRowTile * kWarpsN * 8 <= kPlaces, "the results reuse Q and the ring");
+};
+
+template <class T, class Cache, int kHeadTile, int kRowTile>
+struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
+  using Shape = TreeAttentionShape<Cache, kHeadTile, kRowTile>;
+  using Shape::kKeys, Shape::kRing, Shape::kTables, Shape::kThreads, Shape::kWarpKeys, Shape::kWarpsM, Shape::kWarpsN, Shape::kWords;
+
+  const TreeAttentionWork& work;
+  const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 32 % kWarpsM, warp_n = thread / 32 / kWarpsM;
+  const bool has_rows;  // whether this warp has any
+  const Shared<int2> places = shared_array<int2>(Shape::kPlaces, 2 * kKeys);
+  const Shared<unsigned> present = shared_array<unsigned>(Shape::kPresent, kTables * kWords);
+  const Shared<unsigned> ancestors = shared_array<unsigned>(Shape::kAncestors, 2 * kRowTile * kWords);
+  const Shared<int> depths = shared_array<int>(Shape::kDepths, kRowTile);
+  const Shared<int16_t> parents;
+  char* const shared = dynamic_shared<char>();
+
+  AncestorWalk walk;      // of row `thread`
+  int64_t entry = -1;     // looked up ahead, for key `thread` of the next tile to place
+  int depth[2];           // of this thread's rows: lane / 4 and lane / 4 + 8 of its warp's 16; -1: padding, or no row at all
+  int deepest = 0;        // of all rows
+  float out[kHeadTile / 8][4] = {};
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // base 2; sum: this lane's share
+
+  DEVICE explicit TreeAttentionBlock(const TreeAttentionWork& w)
+      : work(w),
+        has_rows(w.row0 + warp_m * 16 < w.rows),
+        parents(shared_array<int16_t>(Shape::kParents, w.p.q.size[1])) {}
+
+  // Q to shared memory. 8-bit K fragments hold columns 4t .. 4t+3 of 16 in lane t, where 16-bit ones hold 2t, 2t+1, 2t+8, 2t+9: for
+  // them Q's columns are permuted alike.
+  template <class KV>
+  DEVICE void load_q() {
+    const Tensor& q = work.p.q;
+    int head_size = int(q.size[3]), width = copy_width(uint64_t(q.data) | uint64_t(q.stride[0] | q.stride[1] | q.stride[2]) * 2);
+    constexpr int kChunks = kHeadTile / 8;
+    for (int i = thread; i < kRowTile * kChunks; i += kThreads) {
+      int row = work.row0 + i / kChunks, column = i % kChunks * 8;
+      bool valid = row < work.rows && column < head_size;
+      const char* from = reinterpret_cast<const char*>(
+          valid ? q.at<const T>(work.batch, work.node(row), work.query_head(row), column) : q.at<const T>());
+      if constexpr (sizeof(KV) == 2) {
+        copy_chunk(shared + swizzled<kHeadTile * 2>(i / kChunks, i % kChunks), from, valid ? 16 : 0, width);
+      } else {
+        // Pair u of 16 columns goes to pair u % 2 * 4 + u / 2; this chunk has pairs 0 .. 3 or 4 .. 7.
+        for (int u = 0; u < 4; u++) {
+          char* to = shared + swizzled<kHeadTile * 2>(i / kChunks, (i % kChunks & ~1) + u % 2) + (i % kChunks % 2 * 2 + u / 2) * 4;
+          if (width >= 4)
+            ptx::cp_async_4(to, valid ? from + u * 4 : from, valid ? 4 : 0);
+          else
+            for (int byte = 0; byte < 4; byte++) to[byte] = valid ? from[u * 4 + byte] : char(0);
+        }
+      }
+    }
+  }
+
+  // Tells where the keys of a tile are, so that it can be copied from the next barrier on; begins to look up the tile after it.
+  DEVICE void place_keys(int tile, int last) {
+    if (thread < kKeys) {
+      int2 place = tile < last ? work.place(tile, thread, entry) : make_int2(-1, 0);
+      places[tile % 2 * kKeys + thread] = place;
+      unsigned word = __ballot_sync(0xffffffffu, place.x >= 0);
+      if (lane == 0) present[tile % kTables * kWords + thread / 32] = word;
+      entry = tile + 1 < last ? work.table_entry(tile + 1, thread) : -1;
+    }
+  }
+
+  // Starts the copies of one tile of K or V into a ring buffer.
+  template <class KV>
+  DEVICE void copy_tile(int tile, bool is_v, char* buffer) {
+    constexpr int kRowBytes = kHeadTile * int(sizeof(KV)), kChunks = kRowBytes / 16;
+    bool cached = work.in_cache(tile);
+    const Tensor& from = cached ? (is_v ? work.p.v_cache : work.p.k_cache) : (is_v ? work.p.v_tree : work.p.k_tree);
+    const char* base = static_cast<const char*>(from.data);
+    int width = copy_width(uint64_t(base) | uint64_t(from.stride[0] | from.stride[1] | from.stride[2]) * sizeof(KV));
+    int64_t stride0 = from.stride[0] * int64_t(sizeof(KV)), stride1 = from.stride[1] * int64_t(sizeof(KV));
+    int chunk = thread % kChunks, row_bytes = int(from.size[3]) * int(sizeof(KV)), valid = min(row_bytes - chunk * 16, 16);
+    if (chunk * 16 >= (row_bytes + 31) / 32 * 32) return;  // not even zeros are read there
+    base += work.head * from.stride[2] * int64_t(sizeof(KV)) + (valid > 0 ? chunk * 16 : 0);
+    auto copy_row = [&](int row) {
+      int2 place = places[tile % 2 * kKeys + row];
+      bool exists = place.x >= 0 && valid > 0;
+      const char* source = exists ? base + place.x * stride0 + place.y * stride1 : base;
+      copy_chunk(buffer + swizzled<kRowBytes>(row, chunk), source, exists ? valid : 0, width);
+    };
+#pragma unroll 4
+    for (int row = thread / kChunks; row < kKeys; row += kThreads / kChunks) copy_row(row);
+  }
+
+  // Finds which nodes of a tree tile each row sees.
+  DEVICE void find_ancestors(int tile) {
+    if (thread < kRowTile && work.is_tree(tile))
+      for (int word = kWords - 1; word >= 0; word--)
+        ancestors[(tile % 2 * kRowTile + thread) * kWords + word] = walk.bits(parents, work.first_node(tile) + word * 32);
+  }
+
+  // The keys of a tile that this thread's row `half` sees.
+  DEVICE void visible_bits(int tile, int half, unsigned (&bits)[kWords]) {
+#pragma unroll
+    for (int word = 0; word < kWords; word++) {
+      bits[word] = present[tile % kTables * kWords + word];
+      unsigned seen;
+      if (work.is_tree(tile))
+        seen = ancestors[(tile % 2 * kRowTile + warp_m * 16 + half * 8 + lane / 4) * kWords + word];
+      else
+        seen = work.window_bits(work.first_slot(tile) + word * 32, depth[half]);
+      bits[word] &= seen;
+    }
+  }
+  DEVICE bool needs_mask(int tile) {
+    if (work.is_tree(tile) || !work.window_covers(tile, deepest)) return true;
+    unsigned all = 0xffffffffu;
+    for (int word = 0; word < kWords; word++) all &= unsigned(present[tile % kTables * kWords + word]);
+    return all != 0xffffffffu;
+  }
+
+  // scores += Q K^T for this warp's rows and keys.
+  template <class KV>
+  DEVICE void multiply_q_k(const char* k, float (&scores)[kWarpKeys / 8][4]) {
+    constexpr int kRowBytes = kHeadTile * int(sizeof(KV));
+    int head_size = int(work.p.q.size[3]);
+    int q_offset = swizzled<kHeadTile * 2>(warp_m * 16 + lane % 16, lane / 16);
+    int k_offset = swizzled<kRowBytes>(warp_n * kWarpKeys + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    auto load_q_fragment = [&](int step, unsigned(&a)[4]) {
+      ptx::ldmatrix_x4(a, shared + swizzled_step<kHeadTile * 2>(q_offset, 0, step * 2));
+    };
+#pragma unroll
+    for (int step = 0; step < kRowBytes / 32; step++) {  // of 32 bytes: 16 or 32 columns
+      if (step * 32 >= head_size * int(sizeof(KV))) break;
+      unsigned a[2][4];
+      if constexpr (sizeof(KV) == 2) {
+        load_q_fragment(step, a[0]);
+      } else {
+        load_q_fragment(step * 2, a[0]);
+        load_q_fragment(step * 2 + 1, a[1]);
+      }
+#pragma unroll
+      for (int keys = 0; keys < kWarpKeys; keys += 16) {
+        unsigned b[4];
+        ptx::ldmatrix_x4(b, k + swizzled_step<kRowBytes>(k_offset, keys, step * 2));
+        if constexpr (sizeof(KV) == 2) {
+          mma_m16n8k16<T>(scores[keys / 8], a[0], b[0], b[1]);
+          mma_m16n8k16<T>(scores[keys / 8 + 1], a[0], b[2], b[3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            unsigned pairs[2];
+            decode<T, KV>(b[i], pairs);
+            mma_m16n8k16<T>(scores[keys / 8 + i / 2], a[i % 2], pairs[0], pairs[1]);
+          }
+        }
+      }
+    }
+  }
+
+  // Turns scores into weights relative to the running maximum and rescales what was accumulated under the old one.
+  DEVICE void update_softmax(int tile, bool masked, float factor, float (&scores)[kWarpKeys / 8][4]) {
+    constexpr float kLog2e = 1.4426950408889634f;
+    float cap = work.p.softcap, cap_factor = cap > 0 ? factor / cap : 0;
+    factor *= kLog2e;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      unsigned bits[kWords];
+      if (masked) visible_bits(tile, half, bits);
+      float highest = maximum[half];
+#pragma unroll
+      for (int i = 0; i < kWarpKeys / 8; i++)
+#pragma unroll
+        for (int j = half * 2; j < half * 2 + 2; j++) {
+          float x = scores[i][j];
+          if (cap > 0) {
+            float e = ptx::exp2_approx(2 * kLog2e * cap_factor * x);
+            x = cap * kLog2e * (1 - 2 * ptx::rcp_approx(e + 1));
+          } else {
+            x *= factor;
+          }
+          if (masked) {
+            int key = warp_n * kWarpKeys + i * 8 + lane % 4 * 2 + j % 2;
+            unsigned word = kWords == 1 || key < 32 ? bits[0] : bits[kWords - 1];
+            if (!(word >> (key & 31) & 1)) x = -INFINITY;
+          }
+          scores[i][j] = x;
+          highest = fmaxf(highest, x);
+        }
+      highest = quad_max(highest);
+      float shift = shift_of(highest), decay = ptx::exp2_approx(maximum[half] - shift);
+      float total = 0;
+#pragma unroll
+      for (int i = 0; i < kWarpKeys / 8; i++)
+#pragma unroll
+        for (int j = half * 2; j < half * 2 + 2; j++) total += scores[i][j] = ptx::exp2_approx(scores[i][j] - shift);
+      sum[half] = sum[half] * decay + total;
+      maximum[half] = highest;
+#pragma unroll
+      for (int i = 0; i < kHeadTile / 8; i++) out[i][half * 2] *= decay, out[i][half * 2 + 1] *= decay;
+    }
+  }
+
+  // The mma fragments of 32 bytes of V's columns and 16 keys: of 2 accumulator tiles, or of 4 for 8-bit values (columns 0, 2, 4, ... of
+  // 16, then 1, 3, 5, ...).
+  template <class KV>
+  static constexpr int kStepTiles = 4 / int(sizeof(KV));
+  template <class KV>
+  DEVICE void load_v(const char* v, int step, int keys, unsigned (&b)[kStepTiles<KV>][2]) {
+    constexpr int kRowBytes = kHeadTile * int(sizeof(KV));
+    int offset = swizzled<kRowBytes>(warp_n * kWarpKeys + lane / 8 % 2 * 8 + lane % 8, lane / 16);
+    unsigned loaded[4];
+    ptx::ldmatrix_x4_trans(loaded, v + swizzled_step<kRowBytes>(offset, keys, step * 2));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if constexpr (sizeof(KV) == 2) {
+        b[i / 2][i % 2] = loaded[i];
+      } else {
+        unsigned pairs[2];
+        decode<T, KV>(ptx::prmt(loaded[i], 0, 0x3120), pairs);
+        b[i / 2 * 2][i % 2] = pairs[0], b[i / 2 * 2 + 1][i % 2] = pairs[1];
+      }
+    }
+  }
+
+  // out += weights V. Of a masked tile, NaN and infinite values are left out and reported.
+  template <class KV>
+  DEVICE bool multiply_weights_v(const char* v, bool masked, const unsigned (&weights)[kWarpKeys / 16][4]) {
+    int value_bytes = int(work.p.v_cache.size[3]) * int(sizeof(KV));
+    bool nonfinite = false;
+#pragma unroll
+    for (int step = 0; step < kHeadTile * int(sizeof(KV)) / 32; step++) {
+      if (step * 32 >= value_bytes) break;
+#pragma unroll
+      for (int keys = 0; keys < kWarpKeys; keys += 16) {
+        unsigned b[kStepTiles<KV>][2];
+        load_v<KV>(v, step, keys, b);
+        if (masked)
+#pragma unroll
+          for (int i = 0; i < kStepTiles<KV> * 2; i++) nonfinite |= drop_nonfinite<T>(b[i / 2][i % 2]);
+#pragma unroll
+        for (int i = 0; i < kStepTiles<KV>; i++)
+          mma_m16n8k16<T>(out[step * kStepTiles<KV> + i], weights[keys / 16], b[i][0], b[i][1]);
+      }
+    }
+    return nonfinite;
+  }
+
+  // Adds the NaN and infinite values of a masked tile to the rows that see them (weights of zero would spread them to all). The tensor
+  // core counts them per row and column: NaN in ones, inf in 128s, -inf in 16384s.
+  template <class KV>
+  DEVICE void add_nonfinite(int tile, const char* v) {
+    unsigned seen[kWarpKeys / 16][4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      unsigned bits[kWords];
+      visible_bits(tile, half, bits);
+#pragma unroll
+      for (int i = 0; i < kWarpKeys / 8; i++) {
+        int key = warp_n * kWarpKeys + i * 8 + lane % 4 * 2;
+        unsigned word = (kWords == 1 || key < 32 ? bits[0] : bits[kWords - 1]) >> (key & 31);
+        seen[i / 2][i % 2 * 2 + half] = pack<T>(float(word & 1), float(word >> 1 & 1));
+      }
+    }
+    auto code = [](float x) { return isnan(x) ? 1.f : isinf(x) ? (x > 0 ? 128.f : 16384.f) : 0.f; };
+#pragma unroll
+    for (int step = 0; step < kHeadTile * int(sizeof(KV)) / 32; step++) {
+      if (step * 32 >= int(work.p.v_cache.size[3]) * int(sizeof(KV))) break;
+      float counts[kStepTiles<KV>][4] = {};
+#pragma unroll
+      for (int keys = 0; keys < kWarpKeys; keys += 16) {
+        unsigned b[kStepTiles<KV>][2];
+        load_v<KV>(v, step, keys, b);
+#pragma unroll
+        for (int i = 0; i < kStepTiles<KV>; i++)
+          mma_m16n8k16<T>(counts[i], seen[keys / 16], pack<T>(code(unpack<T>(b[i][0], 0)), code(unpack<T>(b[i][0], 1))),
+                          pack<T>(code(unpack<T>(b[i][1], 0)), code(unpack<T>(b[i][1], 1))));
+      }
+#pragma unroll
+      for (int i = 0; i < kStepTiles<KV>; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          int count = int(counts[i][j]);
+          if (count & 127) out[step * kStepTiles<KV> + i][j] = NAN;
+          if (count >> 7 & 127) out[step * kStepTiles<KV> + i][j] += INFINITY;
+          if (count >> 14) out[step * kStepTiles<KV> + i][j] -= INFINITY;
+        }
+    }
+  }
+
+  // Tiles first .. last - 1, stored as KV. Starts and ends with all threads past a barrier and no copy in flight.
+  template <class KV>
+  DEVICE void attend(int first, int last, float factor) {
+    constexpr int kBuffers = Shape::template kBuffers<KV>, kBufferBytes = Shape::template kBufferBytes<KV>;
+    if (first >= last) return;
+    int load = 0, loads = (last - first) * 2, ring_slot = 0;  // loads: K and V tiles in turn
+    auto issue = [&] {
+      if (load < loads) {
+        copy_tile<KV>(first + load / 2, load % 2, shared + kRing + ring_slot * kBufferBytes);
+        if (load % 2) place_keys(first + load / 2 + 1, last);
+      }
+      ptx::cp_async_commit();
+      load++;
+      ring_slot = ring_slot + 1 == kBuffers ? 0 : ring_slot + 1;
+    };
+
+    load_q<KV>();
+    if (thread < kKeys) entry = work.table_entry(first, thread);
+    place_keys(first, last);
+    for (int i = 0; i < kBuffers - 1; i++) {
+      if (i % 2 == 0) __syncthreads();
+      issue();
+    }
+    find_ancestors(first);
+
+    int read_slot = 0;
+    auto next_buffer = [&] {
+      ptx::cp_async_wait<kBuffers - 2>();
+      __syncthreads();
+      issue();
+      const char* buffer = shared + kRing + read_slot * kBufferBytes;
+      read_slot = read_slot + 1 == kBuffers ? 0 : read_slot + 1;
+      return buffer;
+    };
+    for (int tile = first; tile < last; tile++) {
+      const char* k = next_buffer();
+      bool masked = needs_mask(tile);
+      float scores[kWarpKeys / 8][4] = {};
+      if (has_rows) {
+        multiply_q_k<KV>(k, scores);
+        update_softmax(tile, masked, factor, scores);
+      }
+      unsigned weights[kWarpKeys / 16][4];
+#pragma unroll
+      for (int i = 0; i < kWarpKeys / 16; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          weights[i][j] = pack<T>(scores[i * 2 + j / 2][j % 2 * 2], scores[i * 2 + j / 2][j % 2 * 2 + 1]);
+
+      const char* v = next_buffer();
+      if (tile + 1 < last) find_ancestors(tile + 1);
+      if (has_rows) {
+        bool nonfinite = multiply_weights_v<KV>(v, masked, weights);
+        if (masked && __any_sync(0xffffffffu, nonfinite)) add_nonfinite<KV>(tile, v);
+      }
+    }
+    ptx::cp_async_wait_all();
+    __syncthreads();
+  }
+
+  // Brings the accumulators from the order of 8-bit values to that of 16-bit ones, scaled.
+  DEVICE void to_16_bit_order(float scale) {
+#pragma unroll
+    for (int i = 0; i < kHeadTile / 8; i += 2)
+#pragma unroll
+      for (int half = 0; half < 4; half += 2) {
+        float moved[2][2];
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+          int source = lane / 4 * 4 + tile * 2 + lane % 4 / 2;
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            float low = __shfl_sync(0xffffffffu, out[i + e][half], source);
+            float high = __shfl_sync(0xffffffffu, out[i + e][half + 1], source);
+            moved[tile][e] = scale * (lane % 2 ? high : low);
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) out[i + tile][half] = moved[tile][0], out[i + tile][half + 1] = moved[tile][1];
+      }
+  }
+
+  DEVICE void run() {
+    const TreeAttentionParams& p = work.p;
+    for (int i = thread; i < int(p.q.size[1]); i += kThreads) parents[i] = int16_t(checked_parent(p.parents, work.batch, i));
+    __syncthreads();
+    if (thread < kRowTile) {
+      int row = work.row0 + thread;
+      depths[thread] = row < work.rows ? walk.start(parents, work.node(row), work.plan.window) : -1;
+    }
+    __syncthreads();
+    for (int half = 0; half < 2; half++) depth[half] = depths[warp_m * 16 + half * 8 + lane / 4];
+    if (work.plan.window > 0)
+      for (int i = 0; i < kRowTile; i++) deepest = max(deepest, int(depths[i]));
+
+    if constexpr (sizeof(Cache) == 2) {
+      attend<T>(0, work.tiles, p.scale);
+    } else {
+      int64_t scale_index = p.k_scale.size[0] == 1 ? 0 : work.head;
+      int cached = p.k_tree ? work.prefix_tiles : work.tiles;
+      attend<Cache>(0, cached, p.scale * *p.k_scale.at<const float>(scale_index));
+      to_16_bit_order(*p.v_scale.at<const float>(p.v_scale.size[0] == 1 ? 0 : work.head));
+      attend<T>(cached, work.tiles, p.scale);
+    }
+  }
+
+  // Joins the warps that share rows, in order, and writes the result or, with several splits, the partial result.
+  DEVICE void write(Partials partials) {
+    constexpr float kLn2 = 0.6931471805599453f;
+    constexpr int kStride = kHeadTile + 8;
+    const TreeAttentionParams& p = work.p;
+    const Shared<float> result = shared_array<float>(0, kRowTile * kStride);
+    const Shared<float2> states = shared_array<float2>(kRowTile * kStride * 4, kWarpsN * kRowTile);
+    int value_size = int(p.v_cache.size[3]);
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int row = warp_m * 16 + half * 8 + lane / 4;
+      sum[half] = quad_sum(sum[half]);
+      if (depth[half] < 0) sum[half] = 0;
+      if (lane % 4 == 0) states[warp_n * kRowTile + row] = make_float2(maximum[half] * kLn2, sum[half]);
+    }
+    __syncthreads();
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int row = warp_m * 16 + half * 8 + lane / 4, global_row = work.row0 + row;
+      float m = -INFINITY, l = 0;
+      for (int n = 0; n < kWarpsN; n++) {
+        float2 state = states[n * kRowTile + row];
+        if (state.y != 0) m = fmaxf(m, state.x);
+      }
+      for (int n = 0; n < kWarpsN; n++) {
+        float2 state = states[n * kRowTile + row];
+        float weight = state.y == 0 ? 0.f : expf(shift_of(state.x) - shift_of(m));
+        l += weight * state.y;
+        if (n == warp_n) factor[half] = weight;
+      }
+      bool writer = lane % 4 == 0 && warp_n == 0 && global_row < work.rows;
+      if (work.splits > 1) {
+        if (writer) partials.state[work.partial_row(global_row)] = make_float2(depth[half] < 0 ? NAN : m, l);
+      } else if (global_row < work.rows) {
+        int head = work.query_head(global_row);
+        float lse, sink = p.sinks && depth[half] >= 0 ? *p.sinks.at<const float>(head) : -INFINITY;
+        factor[half] *= finish_row(m, l, sink, lse);
+        if (writer) *p.lse.at<float>(work.batch, head, work.node(global_row)) = lse;
+      }
+    }
+    for (int n = 0; n < kWarpsN; n++) {
+      if (warp_n == n)
+#pragma unroll
+        for (int i = 0; i < kHeadTile / 8; i++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            int at = (warp_m * 16 + half * 8 + lane / 4) * kStride + i * 8 + lane % 4 * 2;
+            float2 before = n == 0 ? make_float2(0, 0) : result.template load<float2>(at);
+            float2 mine = make_float2(factor[half] * out[i][half * 2], factor[half] * out[i][half * 2 + 1]);
+            if (sum[half] == 0) mine = make_float2(0, 0);  // a row that saw nothing, or padding
+            result.store(at, make_float2(before.x + mine.x, before.y + mine.y));
+          }
+      __syncthreads();
+    }
+    for (int i = thread; i < kRowTile * value_size / 4; i += kThreads) {
+      int row = i * 4 / value_size, column = i * 4 % value_size, global_row = work.row0 + row;
+      if (global_row >= work.rows) break;
+      float4 x = result.template load<float4>(row * kStride + column);
+      if (work.splits > 1) {
+        *reinterpret_cast<float4*>(partials.out + work.partial_row(global_row) * value_size + column) = x;
+      } else {
+        T* to = p.out.at<T>(work.batch, work.node(global_row), work.query_head(global_row), column);
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
+      }
+    }
+  }
+};
+
+template <class T, class Cache, int kHeadTile, int kRowTile>
+__global__ void __launch_bounds__(128) tree_attention_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
+  TreeAttentionWork work(p, plan);
+  if (work.split >= work.splits) return;
+  TreeAttentionBlock<T, Cache, kHeadTile, kRowTile> block(work);
+  block.run();
+  block.write(partials);
+}
+
+// The launch for one query dtype; the rest of the choice is made at run time.
+template <class T, class Cache>
+void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream) {
+  auto start = [&]<int kHeadTile, int kRowTile>() {
+    unsigned blocks = unsigned(p.q.size[0] * p.k_cache.size[2] * plan.grid_splits * plan.row_tiles);
+    size_t shared = TreeAttentionShape<Cache, kHeadTile, kRowTile>::kParents + size_t(p.q.size[1]) * sizeof(int16_t);
+    launch(tree_attention_kernel<T, Cache, kHeadTile, kRowTile>, dim3(blocks), dim3(128), shared, stream, p, plan, partials);
+  };
+  auto with_rows = [&]<int kHeadTile>() {
+    if (plan.row_tile == 64) return start.template operator()<kHeadTile, 64>();
+    if (plan.row_tile == 32) return start.template operator()<kHeadTile, 32>();
+    if constexpr (kHeadTile < 256) start.template operator()<kHeadTile, 16>();
+  };
+  if (plan.head_tile == 64) return with_rows.template operator()<64>();
+  if (plan.head_tile == 128) return with_rows.template operator()<128>();
+  with_rows.template operator()<256>();
+}
+
+}  // namespace torch_kernels
