@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kMaxRows = 512;         // query rows of one task
 constexpr int kSplitKeys = 2048;      // a sequence is cut into about this many keys per task...
-constexpr int kMaxSplits = 32;        // ... up to this many tasks
+constexpr int kMaxSplits = 32;        // ... up to this many tasks (one more may hold the tree)
 
 // The tree, and per node as a key the set of query rows that see it.
 struct VisibleTree : Tree {
@@ -32,7 +32,7 @@ struct VisibleTree : Tree {
   }
 };
 
-// How one sequence's keys are cut: by its own length alone, so a row's bits do not depend on the batch.
+// How one sequence's keys are cut: by its own prefix alone, so a row's bits depend neither on the batch nor on the rest of the tree.
 struct Splits {
   int64_t prefix, total, length;
   int count;
@@ -41,7 +41,7 @@ struct Splits {
     int64_t capacity = p.block_table ? p.block_table.size[1] * p.k_cache.size[1] : p.k_cache.size[1];
     prefix = std::clamp<int64_t>(p.prefix_lens.index(b), 0, capacity);
     total = prefix + p.q.size[1];
-    length = round_up(std::max<int64_t>(kSplitKeys, (total + kMaxSplits - 1) / kMaxSplits), kKeyTile);
+    length = round_up(std::max<int64_t>(kSplitKeys, (prefix + kMaxSplits - 1) / kMaxSplits), kKeyTile);
     count = int(std::max<int64_t>(1, (total + length - 1) / length));
   }
 };
@@ -117,7 +117,7 @@ class Forward {
     int64_t begin = split * cut.length, end = std::min(begin + cut.length, cut.total), prefix_end = std::min(end, cut.prefix);
     RowSource keys{p.k_cache, p.block_table, at.b, at.head, prefix_end}, values{p.v_cache, p.block_table, at.b, at.head, prefix_end};
     attend_prefix(rows, at, keys, values, begin, prefix_end);
-    if (p.v_scale) rows.scale_output(head_scale(p.v_scale, at.head));
+    if (p.v_scale && p.k_tree) rows.scale_output(head_scale(p.v_scale, at.head));  // the tree's own values have no scale
 
     int64_t tree_begin = std::max(begin, cut.prefix) - cut.prefix, tree_end = end - cut.prefix;
     int64_t shift = 0;
@@ -133,6 +133,7 @@ class Forward {
       VisibleBits visible{tree.bits.data() + first * tree.words + at.chunk * chunk_rows / 64, tree.words};
       rows.absorb(keys, values, shift + first, count, tree_scale, Real(p.softcap), visible);
     }
+    if (p.v_scale && !p.k_tree) rows.scale_output(head_scale(p.v_scale, at.head));
   }
 
   Real head_scale(const Tensor& scales, int head) const { return *scales.at<const float>(scales.size[0] == 1 ? 0 : head); }
@@ -174,7 +175,7 @@ class Forward {
     static thread_local Scratch::Block block;
     Real *weight, *transposed;
     Scratch::plan(block, [&](Scratch& scratch) {
-      weight = scratch.take<Real>(kMaxSplits * lanes);
+      weight = scratch.take<Real>(count * lanes);
       transposed = scratch.take<Real>(int64_t(lanes) * rows.padded_value_channels);
     });
     for (int row = 0; row < rows.padded_rows; row += lanes) {

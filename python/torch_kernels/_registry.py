@@ -10,6 +10,7 @@ outcome is remembered.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -69,13 +70,13 @@ class Backend:
     note: str = ""  # for the support matrix
 
 
-# Which devices a backend serves, and what it lacks on this machine (None: nothing).
-def _triton_missing() -> str | None:
+@functools.cache
+def triton_version() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
-        return "triton is not installed"
-    return None
+        return None
+    return triton.__version__
 
 
 def interpreting_triton() -> bool:
@@ -91,7 +92,7 @@ def _unavailable(backend: str, device: torch.device) -> str | None:
     if backend == "triton":
         if device.type == "cpu" and not interpreting_triton():
             return "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
-        return _triton_missing()
+        return None if triton_version() else "triton is not installed"
     if backend == "emulator":
         if device.type != "cpu":
             return "it serves CPU tensors only"
@@ -205,6 +206,16 @@ class Op:
             reasons[backend.name] = reason
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it does not implement the op"
         raise ValueError(f"{self.name}: backend {_State.forced!r} cannot serve this call ({why})")
+
+    def serving(self, device: torch.device) -> list[str]:
+        """The backends that can run on a device of this machine, the preferred first."""
+        return [b.name for b in self.backends if b.name != "emulator" and _unavailable(b.name, device) is None]
+
+    def service(self, device: torch.device) -> tuple[str, dict[str, str]]:
+        """The backend that a call on the device runs on, and why the others cannot serve it."""
+        names = [b.name for b in self.backends if b.name != "emulator"]
+        reasons = {name: why for name in names if (why := _unavailable(name, device))}
+        return self.serving(device)[0], reasons
 
     def _unsupported(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
         floating = next((a.dtype for a in args if isinstance(a, Tensor) and a.dtype.is_floating_point), None)

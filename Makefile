@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every command works on a fresh machine: it makes its own environment in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BUILD := -Ccmake.define.TORCH_KERNELS_EMULATOR=ON -Ccmake.define.TORCH_KERNELS_CUDA=OFF
+
+.PHONY: demo test bench gpu docs wheel build lint clean
+
+demo: build  ## speculative decoding with token trees, trained and run here
+	$(RUN) examples/speculative_decoding.py
+
+test: build lint  ## the whole suite
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+bench: build  ## the benchmarks of every op, written to bench/results/<machine>/
+	for file in $$(grep -l harness bench/*.py); do $(RUN) $$file --json --plot || exit 1; done
+
+gpu: $(VENV)/ready  ## everything worth doing on a GPU: build, tests, sanitizers, benchmarks
+	$(RUN) scripts/gpu.py
+
+docs: build  ## the tables that docs and README take from code and results
+	$(RUN) scripts/support_matrix.py --write
+	$(RUN) bench/report.py --write
+
+wheel: $(VENV)/ready  ## a wheel for this platform in dist/, with CUDA kernels where nvcc is found
+	$(VENV)/bin/pip wheel . --no-deps --no-build-isolation -w dist
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# An editable install: Python from the checkout, compiled modules beside it. Unchanged sources are not compiled again.
+build: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation $(BUILD) -e .
+
+$(VENV)/ready: scripts/environment.sh pyproject.toml
+	PYTHON=$(PYTHON) sh scripts/environment.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module torch_kernels._cuda.
+#include "core/bind.h"
+
+namespace torch_kernels {
+void bind_tree_attention(nb::module_& module);
+}
+
+NB_MODULE(_cuda, module) {
+  module.attr("architectures") = TORCH_KERNELS_ARCHITECTURES;
+  torch_kernels::bind_tree_attention(module);
+}

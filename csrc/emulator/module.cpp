@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module torch_kernels._emulator: the CUDA kernels on the CPU, for tests.
+#include "core/bind.h"
+#include "emulator/machine.h"
+
+namespace torch_kernels {
+void bind_tree_attention(nb::module_& module);
+}
+
+NB_MODULE(_emulator, module) {
+  module.def("set_seed", [](unsigned seed) { emulator::set_seed(seed); });
+  torch_kernels::bind_tree_attention(module);
+}

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m torch_kernels info`` and ``python -m torch_kernels selftest``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import torch
+
+import torch_kernels
+from torch_kernels import _device, _native, _registry, _selftest
+
+
+def info() -> int:
+    triton = _registry.triton_version() or "not installed"
+    print(f"torch-kernels {torch_kernels.__version__}, torch {torch.__version__}, triton {triton}")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    print(_device.describe())
+    print(f"CPU kernels: {_native.cpu.instruction_set()} (built and supported here: {', '.join(_native.cpu.instruction_sets())})")
+    cuda = _native.cuda()
+    print(f"CUDA kernels: {cuda.architectures.replace(';', ', ') if cuda else _native.cuda_missing()}")
+    print()
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        print(f"Which backend serves an op on {device}, and why not another:")
+        for op in _registry.OPS.values():
+            serving, reasons = op.service(torch.device(device))
+            print(f"  {op.name:24} {serving:10} {'; '.join(f'{name}: {why}' for name, why in reasons.items())}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m torch_kernels", description=torch_kernels.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, and which backend serves which op here")
+    commands.add_parser("selftest", help="every op against its float64 meaning on this machine, in about ten seconds")
+    arguments = parser.parse_args()
+    return info() if arguments.command == "info" else _selftest.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

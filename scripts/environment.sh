@@ -1,0 +1,26 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Makes a virtual environment with everything that building, testing and measuring needs.
+# A machine whose own torch sees a GPU keeps that torch; any other gets the release the project is tested with.
+set -eu
+venv=$1
+python=${PYTHON:-python3}
+
+if "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  "$python" -m venv --system-site-packages "$venv"
+else
+  "$python" -m venv "$venv"
+  "$venv/bin/pip" install --quiet --upgrade pip
+  "$venv/bin/pip" install --quiet torch==2.13.0 numpy
+fi
+"$venv/bin/python" - <<'EOF' | xargs "$venv/bin/pip" install --quiet
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import pip._vendor.tomli as tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))
+requirements = project["build-system"]["requires"] + ["cmake", "ninja"]
+for extra in ("test", "bench", "demo", "dev"):
+    requirements += project["project"]["optional-dependencies"][extra]
+print("\n".join(f"'{r}'" for r in requirements))
+EOF
