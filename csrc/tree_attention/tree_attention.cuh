@@ -6,150 +6,22 @@
 // and keep a softmax state of their own; the states are joined at the end. 8-bit keys and values are decoded between shared memory
 // and the tensor cores; the mma's k order (for K) and n order (for V) follow from where ldmatrix puts their bytes.
 #pragma once
-#include "work.cuh"
+#include "key_tiles.cuh"
 
 namespace torch_kernels {
 
-template <class Cache, int kHeadTile, int kRowTile>
-struct TreeAttentionShape {
-  static constexpr int kThreads = 128;
-  static constexpr int kWarpsM = kRowTile / 16, kWarpsN = 4 / kWarpsM;
-  static constexpr int kKeys = kHeadTile == 256 ? 32 : 64;  // of a tile
-  static constexpr int kWarpKeys = kKeys / kWarpsN;
-  static constexpr int kWords = kKeys / 32;  // of a mask row
-  static constexpr int kTables = 8;          // tiles whose `present` words are kept; more than the ring holds
-
-  // Byte offsets in shared memory.
-  static constexpr int kRing = kRowTile * kHeadTile * 2;  // behind Q
-  static constexpr int kRingBytes = kHeadTile == 256 && kRowTile == 64 ? 48 << 10 : 64 << 10;
-  static constexpr int kPlaces = kRing + kRingBytes;                    // int2 [2][kKeys]
-  static constexpr int kPresent = kPlaces + 2 * kKeys * 8;              // unsigned [kTables][kWords]
-  static constexpr int kAncestors = kPresent + kTables * kWords * 4;    // unsigned [2][kRowTile][kWords]
-  static constexpr int kDepths = kAncestors + 2 * kRowTile * kWords * 4;  // int [kRowTile]
-  static constexpr int kParents = kDepths + kRowTile * 4;               // int16 [T]
-
-  template <class KV>
-  static constexpr int kBufferBytes = kKeys * kHeadTile * int(sizeof(KV));
-  template <class KV>
-  static constexpr int kBuffers = kRingBytes / kBufferBytes<KV> < 8 ? kRingBytes / kBufferBytes<KV> : 8;
-
-  static_assert(kWarpKeys >= 16);
-  static_assert(kRowTile * (kHeadTile + 8) * 4 + kRowTile * kWarpsN * 8 <= kPlaces, "the results reuse Q and the ring");
-};
-
 template <class T, class Cache, int kHeadTile, int kRowTile>
-struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
-  using Shape = TreeAttentionShape<Cache, kHeadTile, kRowTile>;
-  using Shape::kKeys, Shape::kRing, Shape::kTables, Shape::kThreads, Shape::kWarpKeys, Shape::kWarpsM, Shape::kWarpsN, Shape::kWords;
+struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
+  using Base = KeyTiles<kHeadTile, kRowTile>;
+  using Base::kKeys, Base::kRing, Base::kThreads, Base::kWarpKeys, Base::kWarpsN, Base::kWords;
+  using Base::work, Base::thread, Base::lane, Base::warp_m, Base::warp_n, Base::shared, Base::depth, Base::entry;
+  using Base::start_rows, Base::place_keys, Base::find_ancestors, Base::visible_bits, Base::needs_mask;
 
-  const TreeAttentionWork& work;
-  const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 32 % kWarpsM, warp_n = thread / 32 / kWarpsM;
   const bool has_rows;  // whether this warp has any
-  const Shared<int2> places = shared_array<int2>(Shape::kPlaces, 2 * kKeys);
-  const Shared<unsigned> present = shared_array<unsigned>(Shape::kPresent, kTables * kWords);
-  const Shared<unsigned> ancestors = shared_array<unsigned>(Shape::kAncestors, 2 * kRowTile * kWords);
-  const Shared<int> depths = shared_array<int>(Shape::kDepths, kRowTile);
-  const Shared<int16_t> parents;
-  char* const shared = dynamic_shared<char>();
-
-  AncestorWalk walk;      // of row `thread`
-  int64_t entry = -1;     // looked up ahead, for key `thread` of the next tile to place
-  int depth[2];           // of this thread's rows: lane / 4 and lane / 4 + 8 of its warp's 16; -1: padding, or no row at all
-  int deepest = 0;        // of all rows
   float out[kHeadTile / 8][4] = {};
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // base 2; sum: this lane's share
 
-  DEVICE explicit TreeAttentionBlock(const TreeAttentionWork& w)
-      : work(w),
-        has_rows(w.row0 + warp_m * 16 < w.rows),
-        parents(shared_array<int16_t>(Shape::kParents, w.p.q.size[1])) {}
-
-  // Q to shared memory. 8-bit K fragments hold columns 4t .. 4t+3 of 16 in lane t, where 16-bit ones hold 2t, 2t+1, 2t+8, 2t+9: for
-  // them Q's columns are permuted alike.
-  template <class KV>
-  DEVICE void load_q() {
-    const Tensor& q = work.p.q;
-    int head_size = int(q.size[3]), width = copy_width(uint64_t(q.data) | uint64_t(q.stride[0] | q.stride[1] | q.stride[2]) * 2);
-    constexpr int kChunks = kHeadTile / 8;
-    for (int i = thread; i < kRowTile * kChunks; i += kThreads) {
-      int row = work.row0 + i / kChunks, column = i % kChunks * 8;
-      bool valid = row < work.rows && column < head_size;
-      const char* from = reinterpret_cast<const char*>(
-          valid ? q.at<const T>(work.batch, work.node(row), work.query_head(row), column) : q.at<const T>());
-      if constexpr (sizeof(KV) == 2) {
-        copy_chunk(shared + swizzled<kHeadTile * 2>(i / kChunks, i % kChunks), from, valid ? 16 : 0, width);
-      } else {
-        // Pair u of 16 columns goes to pair u % 2 * 4 + u / 2; this chunk has pairs 0 .. 3 or 4 .. 7.
-        for (int u = 0; u < 4; u++) {
-          char* to = shared + swizzled<kHeadTile * 2>(i / kChunks, (i % kChunks & ~1) + u % 2) + (i % kChunks % 2 * 2 + u / 2) * 4;
-          if (width >= 4)
-            ptx::cp_async_4(to, valid ? from + u * 4 : from, valid ? 4 : 0);
-          else
-            for (int byte = 0; byte < 4; byte++) to[byte] = valid ? from[u * 4 + byte] : char(0);
-        }
-      }
-    }
-  }
-
-  // Tells where the keys of a tile are, so that it can be copied from the next barrier on; begins to look up the tile after it.
-  DEVICE void place_keys(int tile, int last) {
-    if (thread < kKeys) {
-      int2 place = tile < last ? work.place(tile, thread, entry) : make_int2(-1, 0);
-      places[tile % 2 * kKeys + thread] = place;
-      unsigned word = __ballot_sync(0xffffffffu, place.x >= 0);
-      if (lane == 0) present[tile % kTables * kWords + thread / 32] = word;
-      entry = tile + 1 < last ? work.table_entry(tile + 1, thread) : -1;
-    }
-  }
-
-  // Starts the copies of one tile of K or V into a ring buffer.
-  template <class KV>
-  DEVICE void copy_tile(int tile, bool is_v, char* buffer) {
-    constexpr int kRowBytes = kHeadTile * int(sizeof(KV)), kChunks = kRowBytes / 16;
-    bool cached = work.in_cache(tile);
-    const Tensor& from = cached ? (is_v ? work.p.v_cache : work.p.k_cache) : (is_v ? work.p.v_tree : work.p.k_tree);
-    const char* base = static_cast<const char*>(from.data);
-    int width = copy_width(uint64_t(base) | uint64_t(from.stride[0] | from.stride[1] | from.stride[2]) * sizeof(KV));
-    int64_t stride0 = from.stride[0] * int64_t(sizeof(KV)), stride1 = from.stride[1] * int64_t(sizeof(KV));
-    int chunk = thread % kChunks, row_bytes = int(from.size[3]) * int(sizeof(KV)), valid = min(row_bytes - chunk * 16, 16);
-    if (chunk * 16 >= (row_bytes + 31) / 32 * 32) return;  // not even zeros are read there
-    base += work.head * from.stride[2] * int64_t(sizeof(KV)) + (valid > 0 ? chunk * 16 : 0);
-    auto copy_row = [&](int row) {
-      int2 place = places[tile % 2 * kKeys + row];
-      bool exists = place.x >= 0 && valid > 0;
-      const char* source = exists ? base + place.x * stride0 + place.y * stride1 : base;
-      copy_chunk(buffer + swizzled<kRowBytes>(row, chunk), source, exists ? valid : 0, width);
-    };
-#pragma unroll 4
-    for (int row = thread / kChunks; row < kKeys; row += kThreads / kChunks) copy_row(row);
-  }
-
-  // Finds which nodes of a tree tile each row sees.
-  DEVICE void find_ancestors(int tile) {
-    if (thread < kRowTile && work.is_tree(tile))
-      for (int word = kWords - 1; word >= 0; word--)
-        ancestors[(tile % 2 * kRowTile + thread) * kWords + word] = walk.bits(parents, work.first_node(tile) + word * 32);
-  }
-
-  // The keys of a tile that this thread's row `half` sees.
-  DEVICE void visible_bits(int tile, int half, unsigned (&bits)[kWords]) {
-#pragma unroll
-    for (int word = 0; word < kWords; word++) {
-      bits[word] = present[tile % kTables * kWords + word];
-      unsigned seen;
-      if (work.is_tree(tile))
-        seen = ancestors[(tile % 2 * kRowTile + warp_m * 16 + half * 8 + lane / 4) * kWords + word];
-      else
-        seen = work.window_bits(work.first_slot(tile) + word * 32, depth[half]);
-      bits[word] &= seen;
-    }
-  }
-  DEVICE bool needs_mask(int tile) {
-    if (work.is_tree(tile) || !work.window_covers(tile, deepest)) return true;
-    unsigned all = 0xffffffffu;
-    for (int word = 0; word < kWords; word++) all &= unsigned(present[tile % kTables * kWords + word]);
-    return all != 0xffffffffu;
-  }
+  DEVICE explicit TreeAttentionBlock(const TreeAttentionWork& w) : Base(w), has_rows(w.row0 + warp_m * 16 < w.rows) {}
 
   // scores += Q K^T for this warp's rows and keys.
   template <class KV>
@@ -267,7 +139,7 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
       for (int keys = 0; keys < kWarpKeys; keys += 16) {
         unsigned b[kStepTiles<KV>][2];
         load_v<KV>(v, step, keys, b);
-        if (masked)
+        if (masked && !std::is_same_v<KV, int8_t>)
 #pragma unroll
           for (int i = 0; i < kStepTiles<KV> * 2; i++) nonfinite |= drop_nonfinite<T>(b[i / 2][i % 2]);
 #pragma unroll
@@ -323,12 +195,12 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
   // Tiles first .. last - 1, stored as KV. Starts and ends with all threads past a barrier and no copy in flight.
   template <class KV>
   DEVICE void attend(int first, int last, float factor) {
-    constexpr int kBuffers = Shape::template kBuffers<KV>, kBufferBytes = Shape::template kBufferBytes<KV>;
+    constexpr int kBuffers = Base::template kBuffers<KV>, kBufferBytes = Base::template kBufferBytes<KV>;
     if (first >= last) return;
     int load = 0, loads = (last - first) * 2, ring_slot = 0;  // loads: K and V tiles in turn
     auto issue = [&] {
       if (load < loads) {
-        copy_tile<KV>(first + load / 2, load % 2, shared + kRing + ring_slot * kBufferBytes);
+        this->template copy_tile<KV>(first + load / 2, load % 2, shared + kRing + ring_slot * kBufferBytes);
         if (load % 2) place_keys(first + load / 2 + 1, last);
       }
       ptx::cp_async_commit();
@@ -336,7 +208,7 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
       ring_slot = ring_slot + 1 == kBuffers ? 0 : ring_slot + 1;
     };
 
-    load_q<KV>();
+    this->template load_q<KV>();
     if (thread < kKeys) entry = work.table_entry(first, thread);
     place_keys(first, last);
     for (int i = 0; i < kBuffers - 1; i++) {
@@ -373,7 +245,8 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
       if (tile + 1 < last) find_ancestors(tile + 1);
       if (has_rows) {
         bool nonfinite = multiply_weights_v<KV>(v, masked, weights);
-        if (masked && __any_sync(0xffffffffu, nonfinite)) add_nonfinite<KV>(tile, v);
+        if constexpr (!std::is_same_v<KV, int8_t>)
+          if (masked && __any_sync(0xffffffffu, nonfinite)) add_nonfinite<KV>(tile, v);
       }
     }
     ptx::cp_async_wait_all();
@@ -404,17 +277,7 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
 
   DEVICE void run() {
     const TreeAttentionParams& p = work.p;
-    for (int i = thread; i < int(p.q.size[1]); i += kThreads) parents[i] = int16_t(checked_parent(p.parents, work.batch, i));
-    __syncthreads();
-    if (thread < kRowTile) {
-      int row = work.row0 + thread;
-      depths[thread] = row < work.rows ? walk.start(parents, work.node(row), work.plan.window) : -1;
-    }
-    __syncthreads();
-    for (int half = 0; half < 2; half++) depth[half] = depths[warp_m * 16 + half * 8 + lane / 4];
-    if (work.plan.window > 0)
-      for (int i = 0; i < kRowTile; i++) deepest = max(deepest, int(depths[i]));
-
+    start_rows();
     if constexpr (sizeof(Cache) == 2) {
       attend<T>(0, work.tiles, p.scale);
     } else {
@@ -431,8 +294,8 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
     constexpr float kLn2 = 0.6931471805599453f;
     constexpr int kStride = kHeadTile + 8;
     const TreeAttentionParams& p = work.p;
-    const Shared<float> result = shared_array<float>(0, kRowTile * kStride);
-    const Shared<float2> states = shared_array<float2>(kRowTile * kStride * 4, kWarpsN * kRowTile);
+    const Shared<float> result = shared_array<float>(0, kWarpsN * kRowTile * kStride);
+    const Shared<float2> states = shared_array<float2>(kWarpsN * kRowTile * kStride * 4, kWarpsN * kRowTile);
     int value_size = int(p.v_cache.size[3]);
 
 #pragma unroll
@@ -468,24 +331,25 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
         if (writer) *p.lse.at<float>(work.batch, head, work.node(global_row)) = lse;
       }
     }
-    for (int n = 0; n < kWarpsN; n++) {
-      if (warp_n == n)
 #pragma unroll
-        for (int i = 0; i < kHeadTile / 8; i++)
+    for (int half = 0; half < 2; half++) {
+      int at = (warp_n * kRowTile + warp_m * 16 + half * 8 + lane / 4) * kStride + lane % 4 * 2;
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            int at = (warp_m * 16 + half * 8 + lane / 4) * kStride + i * 8 + lane % 4 * 2;
-            float2 before = n == 0 ? make_float2(0, 0) : result.template load<float2>(at);
-            float2 mine = make_float2(factor[half] * out[i][half * 2], factor[half] * out[i][half * 2 + 1]);
-            if (sum[half] == 0) mine = make_float2(0, 0);  // a row that saw nothing, or padding
-            result.store(at, make_float2(before.x + mine.x, before.y + mine.y));
-          }
-      __syncthreads();
+      for (int i = 0; i < kHeadTile / 8; i++) {
+        float2 mine = make_float2(factor[half] * out[i][half * 2], factor[half] * out[i][half * 2 + 1]);
+        if (sum[half] == 0) mine = make_float2(0, 0);  // a row that saw nothing, or padding
+        result.store(at + i * 8, mine);
+      }
     }
+    __syncthreads();
     for (int i = thread; i < kRowTile * value_size / 4; i += kThreads) {
       int row = i * 4 / value_size, column = i * 4 % value_size, global_row = work.row0 + row;
       if (global_row >= work.rows) break;
       float4 x = result.template load<float4>(row * kStride + column);
+      for (int n = 1; n < kWarpsN; n++) {
+        float4 other = result.template load<float4>((n * kRowTile + row) * kStride + column);
+        x.x += other.x, x.y += other.y, x.z += other.z, x.w += other.w;
+      }
       if (work.splits > 1) {
         *reinterpret_cast<float4*>(partials.out + work.partial_row(global_row) * value_size + column) = x;
       } else {
@@ -497,7 +361,7 @@ struct TreeAttentionBlock : TreeAttentionShape<Cache, kHeadTile, kRowTile> {
 };
 
 template <class T, class Cache, int kHeadTile, int kRowTile>
-__global__ void __launch_bounds__(128) tree_attention_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
+__global__ void __launch_bounds__(128, 2) tree_attention_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
   TreeAttentionWork work(p, plan);
   if (work.split >= work.splits) return;
   TreeAttentionBlock<T, Cache, kHeadTile, kRowTile> block(work);
@@ -510,7 +374,7 @@ template <class T, class Cache>
 void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream) {
   auto start = [&]<int kHeadTile, int kRowTile>() {
     unsigned blocks = unsigned(p.q.size[0] * p.k_cache.size[2] * plan.grid_splits * plan.row_tiles);
-    size_t shared = TreeAttentionShape<Cache, kHeadTile, kRowTile>::kParents + size_t(p.q.size[1]) * sizeof(int16_t);
+    size_t shared = TreeAttentionShape<kHeadTile, kRowTile>::kParents + size_t(p.q.size[1]) * sizeof(int16_t);
     launch(tree_attention_kernel<T, Cache, kHeadTile, kRowTile>, dim3(blocks), dim3(128), shared, stream, p, plan, partials);
   };
   auto with_rows = [&]<int kHeadTile>() {
