@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 import torch_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch_kernels import _registry
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -45,7 +46,7 @@ ON_CUDA = (
 
 
 def testing_backends() -> list[Backend]:
-    """The backends of this build that serve this machine's device, or exactly those named in TORCH_KERNELS_TEST_BACKENDS."""
+    """The backends that serve this machine's device, or exactly those named in TORCH_KERNELS_TEST_BACKENDS."""
     candidates = {backend.name: backend for backend in (ON_CUDA if torch.cuda.is_available() else ON_CPU)}
     wanted = os.environ.get("TORCH_KERNELS_TEST_BACKENDS")
     if wanted:
@@ -72,3 +73,19 @@ def unchecked(op: str) -> Iterator[None]:
     finally:
         declared.validate = validate
         declared._plans.clear()
+
+
+def for_all(*, examples: int | None = None, **strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Any]:
+    """``hypothesis.given`` for tests whose first argument is ``backend``; slow backends get a fifth of the examples."""
+
+    def decorate(test: Callable[..., None]) -> Callable[[Backend], None]:
+        count = examples or settings.default.max_examples
+        full, few = (settings(max_examples=n)(given(**strategies)(test)) for n in (count, max(3, count // 5)))
+
+        def run(backend: Backend) -> None:
+            (few if backend.slow else full)(backend=backend)
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from torch_kernels import trees
 
 from .strategies import PUBLISHED, grow, published, seeds
@@ -79,7 +78,7 @@ def best_first(scores: list[float], parent: list[int], num_nodes: int) -> set[in
 
 
 def pool(seed: int, size: int, kind: str) -> tuple[list[float], list[int]]:
-    """Cumulative log-probabilities along random parents; ``ties`` rounds them, ``wild`` breaks every rule they normally keep."""
+    """Cumulative log-probabilities along random parents; ``ties`` rounds them, ``wild`` breaks all their rules."""
     rng = random.Random(seed)
     parent = [rng.choice([-1, *range(i)]) for i in range(size)]
     scores: list[float] = []

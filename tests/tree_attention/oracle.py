@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tree attention, verification and cache updates computed one path at a time, in float64 and plain Python.
 
-Written from the definitions, without a look at the reference: for every node, collect the keys on its way to the root and attend to them with
-plain softmax; for every verification, list all root-to-leaf paths.
+Written from the definitions, without a look at the reference: for every node, collect the keys on its way to the root
+and attend to them with plain softmax; for every verification, list all paths from the root.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def verify_sampling(
     proposals: list[list[float]] | None,
     replacement: bool,
 ) -> tuple[list[int], np.ndarray, float]:
-    """One row: the path, the distribution of the final token, and how close the closest acceptance was to going the other way."""
+    """One row: the path, the final token's distribution, and the margin of the acceptance that was closest to turning."""
     margin = 1.0
     if not parents or parents[0] != -1:
         return [], np.zeros(0), margin

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 import torch_kernels
+from torch import Tensor
 
 from ..backends import Backend
 from ..strategies import bits
@@ -88,7 +87,8 @@ SHAPES_AND_DTYPES: list[tuple[str, int, str, Any, str]] = [
     *[("tree_verify_greedy", 0, name, change, name) for name in ("draft_tokens", "target_tokens", "parents")
       for change in (flat, cast(F32))],
     *[("tree_verify_greedy", 0, name, fewer_rows, "draft_tokens|" + name) for name in ("target_tokens", "parents")],
-    *[("tree_verify_typical", 1, name, flat, name) for name in ("draft_tokens", "target_logits", "parents", "uniforms")],
+    *[("tree_verify_typical", 1, name, flat, name) for name in
+      ("draft_tokens", "target_logits", "parents", "uniforms")],
     ("tree_verify_typical", 1, "target_logits", cast(I32), "target_logits"),
     ("tree_verify_typical", 1, "uniforms", shorter, "uniforms"),
     ("tree_verify_typical", 1, "uniforms", cast(I32), "uniforms"),
@@ -121,7 +121,8 @@ SHAPES_AND_DTYPES: list[tuple[str, int, str, Any, str]] = [
 
 VALUES: list[tuple[str, int, str, Any, str]] = [
     *[(op, 0, "parents", put(value, 0, 3), "parents") for value in (3, 4, 99, -3, -99) for op in
-      ("tree_attention", "tree_mask", "tree_positions", "tree_verify_greedy", "tree_verify_typical", "tree_verify_sampling")],
+      ("tree_attention", "tree_mask", "tree_positions", "tree_verify_greedy", "tree_verify_typical",
+       "tree_verify_sampling")],
     ("tree_attention", 0, "parents", put(-2, 0, 2), "parents"),  # node 3 hangs on it
     ("tree_attention", 0, "parents", put(0, 0, 0), "parents"),
     ("tree_attention", 0, "prefix_lens", put(-1, 0), "prefix_lens"),

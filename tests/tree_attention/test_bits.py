@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, for_all
 from ..guards import Guards
 from ..strategies import bits
 from ..tolerance import assert_bitwise
@@ -25,26 +24,26 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
     assert_bitwise("lse", actual[1], expected[1])
 
 
-@given(data=st.data())
+@for_all(data=st.data())
 def test_paged_equals_contiguous(backend: Backend, data: st.DataObject) -> None:
     case = data.draw(cases(backend, page=0, layout="contiguous"))
     contiguous = run(backend, make(case, backend.device))
-    for page in (1, 3, 16) if backend.slow else (1, 3, 16, 64, 256):
+    for page in (3, 16) if backend.slow else (1, 3, 16, 64, 256):
         assert_same(run(backend, make(case.replace(page=page), backend.device)), contiguous)
 
 
-@given(data=st.data())
+@for_all(data=st.data())
 def test_layout_changes_nothing(backend: Backend, data: st.DataObject) -> None:
     case = data.draw(cases(backend, layout="contiguous"))
     contiguous = run(backend, make(case, backend.device))
-    for layout in ("transposed", "sliced", "misaligned", "strided"):
+    for layout in ("transposed", "sliced") if backend.slow else ("transposed", "sliced", "misaligned", "strided"):
         assert_same(run(backend, make(case.replace(layout=layout), backend.device)), contiguous)
 
 
-@given(data=st.data())
+@for_all(data=st.data())
 def test_a_row_alone_equals_the_row_in_a_batch(backend: Backend, data: st.DataObject) -> None:
     case = data.draw(cases(backend, layout="contiguous"))
-    args = make(case.replace(prefixes=case.prefixes + (40, 0, 3)), backend.device)
+    args = make(case.replace(prefixes=(*case.prefixes, *((0,) if backend.slow else (40, 0, 3)))), backend.device)
     out, lse = run(backend, args)
     again = run(backend, args)
     assert_same(again, (out, lse))
@@ -58,7 +57,7 @@ def row(args: dict[str, Any], b: int) -> dict[str, Any]:
     return args | {name: args[name][b : b + 1] for name in names if name in args}
 
 
-@given(data=st.data())
+@for_all(data=st.data())
 def test_spare_room_changes_nothing(backend: Backend, data: st.DataObject) -> None:
     # Longer caches and tables, more padding nodes behind the tree: the same keys, so the same bits.
     case = data.draw(cases(backend, layout="contiguous", page=0, own_keys=True))
@@ -71,7 +70,7 @@ def test_spare_room_changes_nothing(backend: Backend, data: st.DataObject) -> No
     assert_same(run(backend, more), (out, lse))
 
 
-@given(data=st.data())
+@for_all(data=st.data())
 def test_heads_may_be_permuted(backend: Backend, data: st.DataObject) -> None:
     case = data.draw(cases(backend, layout="contiguous", kv_heads=2))
     args = make(case, backend.device)
@@ -91,7 +90,7 @@ def test_heads_may_be_permuted(backend: Backend, data: st.DataObject) -> None:
     assert_same((swapped_out, swapped_lse), (out[:, :, heads], lse[:, heads]))
 
 
-@given(data=st.data())
+@for_all(data=st.data())
 def test_scaling_values_by_a_power_of_two_is_exact(backend: Backend, data: st.DataObject) -> None:
     case = data.draw(cases(backend, layout="contiguous", dtype=torch.float32, cache_dtype=None))
     args = make(case, backend.device)
@@ -110,7 +109,7 @@ def test_one_node_equals_the_first_node_of_a_tree(backend: Backend) -> None:
     torch.testing.assert_close(one_lse, lse[:, :, :1], rtol=2e-6, atol=2e-6)
 
 
-@given(data=st.data())
+@for_all(data=st.data())
 def test_hidden_nan_never_leaks(backend: Backend, data: st.DataObject) -> None:
     """Every node in turn becomes NaN in K and V: those that do not see it keep their bits, those that do turn NaN."""
     case = data.draw(cases(backend, window=0, softcap=0.0, layout="contiguous", cache_dtype=None))
@@ -123,7 +122,7 @@ def test_hidden_nan_never_leaks(backend: Backend, data: st.DataObject) -> None:
     for key, value in (("k_tree", "v_tree"), ("k_cache", "v_cache")):
         if (key in ("k_tree",)) != case.own_keys:
             continue
-        for name in (key, value):
+        for name in (value,) if backend.slow else (key, value):
             poisoned = args[name].clone()
             for b, slot in enumerate(slots.tolist()):
                 if case.own_keys:
@@ -187,8 +186,8 @@ def test_outputs_are_filled_and_nothing_else_is(backend: Backend, cache_dtype: t
 
 
 def test_number_of_threads_changes_nothing(backend: Backend) -> None:
-    if backend.name == "reference":
-        pytest.skip("torch's own matmul promises no such thing")
+    if backend.name != "cpu":
+        pytest.skip("only the CPU kernels have threads of their own")
     args = make(Case(prefixes=(300, 5, 64), nodes=17, group=4, sinks=True), backend.device)
     expected = run(backend, args)
     torch.set_num_threads(3)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, for_all
 from ..guards import Guards
 from ..strategies import bits, lay_out, rooted, seeds
 from ..tolerance import assert_bitwise
@@ -122,7 +121,7 @@ drawn = {
 }
 
 
-@given(data=st.data(), options=st.fixed_dictionaries(drawn), seed=seeds)
+@for_all(data=st.data(), options=st.fixed_dictionaries(drawn), seed=seeds)
 def test_commit(backend: Backend, data: st.DataObject, options: dict, seed: int) -> None:
     cache = make(backend, seed, dtype=data.draw(st.sampled_from(backend.dtypes)), **options)
     k, v = expected(cache, "commit")
@@ -131,7 +130,7 @@ def test_commit(backend: Backend, data: st.DataObject, options: dict, seed: int)
     assert_bitwise("v_cache", cache.v_cache, v)
 
 
-@given(data=st.data(), options=st.fixed_dictionaries(drawn), seed=seeds)
+@for_all(data=st.data(), options=st.fixed_dictionaries(drawn), seed=seeds)
 def test_compact(backend: Backend, data: st.DataObject, options: dict, seed: int) -> None:
     dtype = data.draw(st.sampled_from(backend.dtypes))
     cache_dtype = data.draw(st.sampled_from([None, torch.int8, FP8]))
@@ -166,7 +165,7 @@ def test_compact_survives_overlapping_moves(backend: Backend) -> None:
                 assert (sign * cache[:, 6] == 6).all()
 
 
-@given(seed=seeds, page=st.sampled_from([0, 3, 16]))
+@for_all(seed=seeds, page=st.sampled_from([0, 3, 16]))
 def test_commit_and_compact_agree(backend: Backend, seed: int, page: int) -> None:
     # A tree whose keys already sit in the cache, compacted, and the same tree beside the cache, committed.
     inside = make(backend, seed, dtype=torch.float32, page=page)
@@ -196,7 +195,7 @@ def test_commit_quantises(backend: Backend, cache_dtype: torch.dtype, per_head: 
         cache.path, cache.num_accepted = cache.path.clone(), cache.num_accepted.clone()
         cache.path[0] = torch.tensor([0, 1, 3, -1])
         cache.num_accepted[0] = 2
-        # Powers of two keep x / scale exact, so that only the final rounding remains; values on, between and beyond the grid.
+        # Powers of two keep x / scale exact: only the final rounding remains. Values on, between and beyond the grid.
         scales = torch.tensor([0.25, 0.5] if per_head else [0.5], device=backend.device)
         grid = torch.cat([torch.arange(-20, 20) / 8, torch.tensor([63.4, -63.4, 64, -64, 1e4, -1e4, 0.0, -0.0])])
         grid = torch.cat([grid, torch.linspace(-70, 70, 64 - len(grid))]).to(dtype)
@@ -243,7 +242,7 @@ def test_nothing_else_is_written(backend: Backend, op: str) -> None:
 
 
 def test_a_whole_step(backend: Backend) -> None:
-    """Attend, verify, commit; the next token then sees through the cache what the accepted leaf saw through the tree."""
+    """Attend, verify, commit: the cache then shows the next step what the tree showed the accepted leaf."""
     generator = torch.Generator().manual_seed(0)
     nodes, prefix, heads, size = 6, 11, 2, 16
     parents = torch.tensor([[-1, 0, 0, 2, 2, 4]], dtype=torch.int32, device=backend.device)

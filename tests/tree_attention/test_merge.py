@@ -7,11 +7,10 @@ import math
 
 import numpy as np
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, for_all
 from ..strategies import lay_out, seeds
 from ..tolerance import assert_accurate, assert_bitwise, ulp
 
@@ -55,7 +54,7 @@ def truth(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return torch.from_numpy(out), torch.from_numpy(lse)
 
 
-@given(data=st.data(), shape=st.sampled_from(SHAPES), layout=st.sampled_from(LAYOUTS), seed=seeds)
+@for_all(data=st.data(), shape=st.sampled_from(SHAPES), layout=st.sampled_from(LAYOUTS), seed=seeds)
 def test_matches_truth(backend: Backend, data: st.DataObject, shape: tuple[int, ...], layout: str, seed: int) -> None:
     dtype = data.draw(st.sampled_from(backend.dtypes))
     a, b = states(shape, dtype, seed), states(shape, dtype, seed + 1)
@@ -83,7 +82,7 @@ def test_one_side_empty_returns_the_other_exactly(backend: Backend) -> None:
         assert (empty_out == 0).all() and (empty_lse == -math.inf).all()
 
 
-@given(seed=seeds)
+@for_all(seed=seeds)
 def test_order_does_not_matter(backend: Backend, seed: int) -> None:
     a, b = ([x.to(backend.device) for x in states((2, 5, 3, 16), torch.float32, seed + i)] for i in (0, 1))
     ab, ba = backend("merge_attention_states", *a, *b), backend("merge_attention_states", *b, *a)

@@ -7,30 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 import torch_kernels
+from torch import Tensor
 
 from ..backends import Backend
 from ..tolerance import assert_bitwise
 from .cases import FP8
 from .samples import samples
 
+VERIFIED = "(Tensor path, Tensor num_accepted, Tensor tokens)"
+CACHES = "Tensor(a!) k_cache, Tensor(b!) v_cache"
 SCHEMAS = {
-    "tree_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_lens, Tensor parents, *, Tensor? k_tree=None, "
-    "Tensor? v_tree=None, Tensor? block_table=None, float? scale=None, float softcap=0., int window=0, Tensor? sinks=None, "
-    "Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor out, Tensor lse)",
+    "tree_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_lens, Tensor parents, *, "
+    "Tensor? k_tree=None, Tensor? v_tree=None, Tensor? block_table=None, float? scale=None, float softcap=0., "
+    "int window=0, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor out, Tensor lse)",
     "tree_mask": "(Tensor parents) -> Tensor",
     "tree_positions": "(Tensor parents, Tensor prefix_lens) -> Tensor",
-    "tree_verify_greedy": "(Tensor draft_tokens, Tensor target_tokens, Tensor parents) "
-    "-> (Tensor path, Tensor num_accepted, Tensor tokens)",
-    "tree_verify_typical": "(Tensor draft_tokens, Tensor target_logits, Tensor parents, *, float temperature, float epsilon, "
-    "float delta, Tensor? uniforms=None) -> (Tensor path, Tensor num_accepted, Tensor tokens)",
+    "tree_verify_greedy": f"(Tensor draft_tokens, Tensor target_tokens, Tensor parents) -> {VERIFIED}",
+    "tree_verify_typical": "(Tensor draft_tokens, Tensor target_logits, Tensor parents, *, float temperature, "
+    f"float epsilon, float delta, Tensor? uniforms=None) -> {VERIFIED}",
     "tree_verify_sampling": "(Tensor draft_tokens, Tensor target_probs, Tensor parents, Tensor uniforms, *, "
-    "Tensor? draft_probs=None, bool replacement=True) -> (Tensor path, Tensor num_accepted, Tensor tokens)",
-    "tree_commit_kv_": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_tree, Tensor v_tree, Tensor prefix_lens, Tensor path, "
+    f"Tensor? draft_probs=None, bool replacement=True) -> {VERIFIED}",
+    "tree_commit_kv_": f"({CACHES}, Tensor k_tree, Tensor v_tree, Tensor prefix_lens, Tensor path, "
     "Tensor num_accepted, *, Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
-    "tree_compact_kv_": "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor prefix_lens, Tensor path, Tensor num_accepted, *, "
+    "tree_compact_kv_": f"({CACHES}, Tensor prefix_lens, Tensor path, Tensor num_accepted, *, "
     "Tensor? block_table=None) -> ()",
     "merge_attention_states": "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
 }

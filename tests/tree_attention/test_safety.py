@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend, unchecked
+from ..backends import Backend, for_all, unchecked
 from ..guards import Guards
 from ..strategies import seeds
 from ..tolerance import assert_bitwise
@@ -45,7 +44,7 @@ class Garbage:
 shared = {"seed": seeds, "paged": st.booleans(), "dtype": st.sampled_from([torch.int32, torch.int64])}
 
 
-@given(**shared, own_keys=st.booleans(), window=st.sampled_from([0, 3]))
+@for_all(**shared, own_keys=st.booleans(), window=st.sampled_from([0, 3]))
 def test_attention(backend: Backend, seed: int, paged: bool, dtype: torch.dtype, own_keys: bool, window: int) -> None:
     g = Garbage(backend, seed)
     batch, nodes, slots = 2, 7, 12
@@ -64,7 +63,7 @@ def test_attention(backend: Backend, seed: int, paged: bool, dtype: torch.dtype,
     assert out.isfinite().all() and not lse.isnan().any()
 
 
-@given(**shared)
+@for_all(**shared)
 def test_structure(backend: Backend, seed: int, paged: bool, dtype: torch.dtype) -> None:
     g = Garbage(backend, seed)
     parents, prefix_lens = g.indices(3, 33, dtype=dtype), g.indices(3, dtype=dtype)
@@ -75,7 +74,7 @@ def test_structure(backend: Backend, seed: int, paged: bool, dtype: torch.dtype)
     assert not mask.triu(1).any(), "a node sees a later one"
 
 
-@given(**shared, sampled=st.booleans())
+@for_all(**shared, sampled=st.booleans())
 def test_verification(backend: Backend, seed: int, paged: bool, dtype: torch.dtype, sampled: bool) -> None:
     g = Garbage(backend, seed)
     batch, nodes, vocabulary = 3, 9, 11
@@ -87,7 +86,8 @@ def test_verification(backend: Backend, seed: int, paged: bool, dtype: torch.dty
     with unchecked(ops[0]), unchecked(ops[1]), unchecked(ops[2]), g.guards.allocations():
         results = [
             backend(ops[0], draft, target, parents),
-            backend(ops[1], draft, numbers, parents, temperature=1.0, epsilon=0.1, delta=0.1, uniforms=uniforms if sampled else None),
+            backend(ops[1], draft, numbers, parents, temperature=1.0, epsilon=0.1, delta=0.1,
+                    uniforms=uniforms if sampled else None),
             backend(ops[2], draft, numbers, parents, uniforms),
             backend(ops[2], draft, numbers, parents, uniforms, draft_probs=numbers, replacement=sampled),
         ]  # fmt: skip
@@ -99,7 +99,7 @@ def test_verification(backend: Backend, seed: int, paged: bool, dtype: torch.dty
             assert ((tokens >= -1) & (tokens < vocabulary)).all()
 
 
-@given(seed=seeds)
+@for_all(seed=seeds)
 def test_senseless_probabilities(backend: Backend, seed: int) -> None:
     # NaN, infinities, negative and all-zero distributions: tokens stay in the vocabulary or are -1.
     g = Garbage(backend, seed)
@@ -124,7 +124,7 @@ def test_senseless_probabilities(backend: Backend, seed: int) -> None:
         assert ((tokens >= -1) & (tokens < vocabulary)).all()
 
 
-@given(**shared, op=st.sampled_from(["tree_commit_kv_", "tree_compact_kv_"]))
+@for_all(**shared, op=st.sampled_from(["tree_commit_kv_", "tree_compact_kv_"]))
 def test_cache(backend: Backend, seed: int, paged: bool, dtype: torch.dtype, op: str) -> None:
     g = Garbage(backend, seed)
     batch, nodes, slots = 3, 6, 12
