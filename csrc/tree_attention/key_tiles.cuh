@@ -2,7 +2,7 @@
 // The shared memory of a tensor core tree attention block, and what fills it: Q, the ring of K and V tiles, where the keys of the next
 // tiles are, and which rows see them.
 #pragma once
-#include "work.cuh"
+#include "tree_attention/work.cuh"
 
 namespace torch_kernels {
 

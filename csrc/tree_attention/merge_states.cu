@@ -2,7 +2,7 @@
 // Joins attention over two disjoint key sets. One warp per row.
 #include <math.h>
 
-#include "cuda.h"
+#include "tree_attention/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 
@@ -32,9 +32,10 @@ __global__ void __launch_bounds__(128) merge_states_kernel(MergeStatesParams p) 
 
 }  // namespace
 
-void cuda::merge_attention_states(const MergeStatesParams& p, void* stream) {
+void cuda::merge_attention_states(const MergeStatesParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
   int64_t rows = p.out.size[0] * p.out.size[1] * p.out.size[2];
-  auto start = [&](auto kernel) { launch(kernel, dim3(unsigned((rows + 3) / 4)), dim3(128), 0, stream, p); };
+  auto start = [&](auto kernel) { launch(kernel, dim3(unsigned((rows + 3) / 4)), dim3(128), 0, context.stream, p); };
   if (p.out.dtype == DType::float16)
     start(merge_states_kernel<__half>);
   else if (p.out.dtype == DType::bfloat16)

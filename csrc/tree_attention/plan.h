@@ -7,7 +7,7 @@
 #pragma once
 #include <algorithm>
 
-#include "params.h"
+#include "tree_attention/params.h"
 
 namespace torch_kernels {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Walking a tree given by its parents in global memory. A chain has strictly decreasing node numbers, so every walk ends.
 #pragma once
-#include "params.h"
+#include "tree_attention/params.h"
 
 #include "cuda/launch.cuh"
 

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention: picks the kernel for the dtypes, then joins the splits of those sequences that have several.
-#include "core/error.h"
-#include "cuda.h"
-#include "work.cuh"
+#include "tree_attention/kernels.h"
+#include "tree_attention/work.cuh"
 
 namespace torch_kernels {
 
@@ -79,26 +78,19 @@ void run(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials p
 
 namespace cuda {
 
-int64_t tree_attention_workspace_bytes(const TreeAttentionParams& p) {
-  return int64_t(partial_rows(p, make_plan(p))) * (p.v_cache.size[3] + 2) * int64_t(sizeof(float));
-}
-
-void tree_attention(const TreeAttentionParams& p, void* workspace, void* stream) {
-  bool quantised = p.k_cache.dtype == DType::int8 || p.k_cache.dtype == DType::float8_e4m3;
-  require(quantised || p.k_cache.dtype == p.q.dtype, "tree_attention: k_cache must have q's dtype, float8_e4m3fn or int8");
-  require(quantised == bool(p.k_scale), "tree_attention: k_scale and v_scale go with a quantised cache");
-  require(p.q.size[1] <= 1024, "tree_attention: expected at most 1024 nodes, got ", p.q.size[1]);
-  require(std::max(p.q.size[3], p.v_cache.size[3]) <= 256, "tree_attention: expected head sizes up to 256");
+void tree_attention(const TreeAttentionParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
   if (p.out.elements() == 0) return;
   TreeAttentionPlan plan = make_plan(p);
-  float* out = static_cast<float*>(workspace);
-  Partials partials{out, reinterpret_cast<float2*>(out + partial_rows(p, plan) * p.v_cache.size[3])};
+  int64_t rows = partial_rows(p, plan), value_size = p.v_cache.size[3];
+  float* out = static_cast<float*>(context.allocate(rows * (value_size + 2) * int64_t(sizeof(float))));
+  Partials partials{out, reinterpret_cast<float2*>(out + rows * value_size)};
   if (p.q.dtype == DType::float16)
-    run<__half>(p, plan, partials, stream);
+    run<__half>(p, plan, partials, context.stream);
   else if (p.q.dtype == DType::bfloat16)
-    run<__nv_bfloat16>(p, plan, partials, stream);
+    run<__nv_bfloat16>(p, plan, partials, context.stream);
   else
-    run<float>(p, plan, partials, stream);
+    run<float>(p, plan, partials, context.stream);
 }
 
 }  // namespace cuda

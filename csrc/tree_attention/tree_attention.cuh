@@ -6,7 +6,7 @@
 // and keep a softmax state of their own; the states are joined at the end. 8-bit keys and values are decoded between shared memory
 // and the tensor cores; the mma's k order (for K) and n order (for V) follow from where ldmatrix puts their bytes.
 #pragma once
-#include "key_tiles.cuh"
+#include "tree_attention/key_tiles.cuh"
 
 namespace torch_kernels {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention, float16 queries, float8 caches: one instance of tree_attention.cuh per file, so that they compile side by side.
-#include "tree_attention.cuh"
+#include "tree_attention/tree_attention.cuh"
 
 namespace torch_kernels {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention for float32 queries: IEEE multiply-adds, no TF32. Simple rather than fast: a block of 16 rows, 8 threads a row, and tiles
 // of 32 keys that are decoded into shared memory as float32.
-#include "work.cuh"
+#include "tree_attention/work.cuh"
 
 namespace torch_kernels {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "cuda.h"
+#include "tree_attention/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 
@@ -115,19 +115,21 @@ void commit(const TreeCommitParams& p, void* stream) {
 
 namespace cuda {
 
-void tree_commit_kv(const TreeCommitParams& p, void* stream) {
+void tree_commit_kv(const TreeCommitParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
   if (p.k_tree.dtype == DType::float16)
-    commit<__half>(p, stream);
+    commit<__half>(p, context.stream);
   else if (p.k_tree.dtype == DType::bfloat16)
-    commit<__nv_bfloat16>(p, stream);
+    commit<__nv_bfloat16>(p, context.stream);
   else
-    commit<float>(p, stream);
+    commit<float>(p, context.stream);
 }
 
-void tree_compact_kv(const TreeCompactParams& p, void* stream) {
+void tree_compact_kv(const TreeCompactParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
   if (p.path.size[1] == 0) return;
   int64_t columns = p.path.size[0] * p.k_cache.size[2] * (p.k_cache.size[3] + p.v_cache.size[3]);
-  auto start = [&](auto kernel) { launch(kernel, dim3(unsigned((columns + kThreads - 1) / kThreads)), dim3(kThreads), 0, stream, p); };
+  auto start = [&](auto kernel) { launch(kernel, dim3(unsigned((columns + kThreads - 1) / kThreads)), dim3(kThreads), 0, context.stream, p); };
   bool wide = p.k_cache.dtype == DType::float32, narrow = p.k_cache.dtype == DType::int8 || p.k_cache.dtype == DType::float8_e4m3;
   if (wide)
     start(tree_compact_kernel<uint32_t>);

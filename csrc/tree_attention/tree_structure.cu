@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What follows from the parents alone: the ancestor mask and the positions.
-#include "cuda.h"
-#include "tree.cuh"
+#include "tree_attention/kernels.h"
+#include "tree_attention/tree.cuh"
 
 namespace torch_kernels {
 namespace {
@@ -32,12 +32,14 @@ __global__ void __launch_bounds__(128) tree_positions_kernel(TreePositionsParams
 
 namespace cuda {
 
-void tree_mask(const TreeMaskParams& p, void* stream) {
-  launch(tree_mask_kernel, dim3(unsigned((p.parents.elements() + 3) / 4)), dim3(128), 0, stream, p);
+void tree_mask(const TreeMaskParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
+  launch(tree_mask_kernel, dim3(unsigned((p.parents.elements() + 3) / 4)), dim3(128), 0, context.stream, p);
 }
 
-void tree_positions(const TreePositionsParams& p, void* stream) {
-  launch(tree_positions_kernel, dim3(unsigned((p.parents.elements() + 127) / 128)), dim3(128), 0, stream, p);
+void tree_positions(const TreePositionsParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
+  launch(tree_positions_kernel, dim3(unsigned((p.parents.elements() + 127) / 128)), dim3(128), 0, context.stream, p);
 }
 
 }  // namespace cuda

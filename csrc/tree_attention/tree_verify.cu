@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Greedy and typical acceptance: which edges of the tree the target agrees with, then the longest accepted path.
-#include "cuda.h"
-#include "verify.cuh"
+#include "tree_attention/kernels.h"
+#include "tree_attention/verify.cuh"
 
 namespace torch_kernels {
 namespace {
@@ -90,13 +90,15 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_typical_kernel(TreeVeri
 
 namespace cuda {
 
-void tree_verify_greedy(const TreeVerifyGreedyParams& p, void* stream) {
-  launch(verify_greedy_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, stream, p);
+void tree_verify_greedy(const TreeVerifyGreedyParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
+  launch(verify_greedy_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, context.stream, p);
 }
 
-void tree_verify_typical(const TreeVerifyTypicalParams& p, void* stream) {
-  launch(verify_typical_edges_kernel, dim3(unsigned(p.parents.elements())), dim3(kVerifyThreads), kVerifyShared, stream, p);
-  launch(verify_typical_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, stream, p);
+void tree_verify_typical(const TreeVerifyTypicalParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
+  launch(verify_typical_edges_kernel, dim3(unsigned(p.parents.elements())), dim3(kVerifyThreads), kVerifyShared, context.stream, p);
+  launch(verify_typical_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, context.stream, p);
 }
 
 }  // namespace cuda

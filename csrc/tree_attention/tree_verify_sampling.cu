@@ -5,8 +5,8 @@
 // drawn from r by the inverse CDF.
 //
 // r and q are never stored: each element is recomputed from the inputs by replaying the node's rejections, a few at most.
-#include "cuda.h"
-#include "verify.cuh"
+#include "tree_attention/kernels.h"
+#include "tree_attention/verify.cuh"
 
 namespace torch_kernels {
 namespace {
@@ -114,9 +114,10 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_sampling_kernel(TreeVer
 
 }  // namespace
 
-void cuda::tree_verify_sampling(const TreeVerifySamplingParams& p, void* stream) {
+void cuda::tree_verify_sampling(const TreeVerifySamplingParams& p, const Context& context) {
+  DeviceGuard guard(context.device);
   size_t shared = kVerifyShared + size_t(p.parents.size[1]) * 24;
-  launch(verify_sampling_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), shared, stream, p);
+  launch(verify_sampling_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), shared, context.stream, p);
 }
 
 }  // namespace torch_kernels

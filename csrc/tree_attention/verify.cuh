@@ -4,7 +4,7 @@
 #pragma once
 #include <math.h>
 
-#include "tree.cuh"
+#include "tree_attention/tree.cuh"
 
 namespace torch_kernels {
 

@@ -6,8 +6,8 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
-#include "plan.h"
-#include "tree.cuh"
+#include "tree_attention/plan.h"
+#include "tree_attention/tree.cuh"
 
 namespace torch_kernels {
 
