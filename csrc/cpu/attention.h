@@ -18,7 +18,7 @@ namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 inline constexpr int kKeyTile = 128;   // keys that share one pass over the query rows
 inline constexpr int kRowBlock = 64;   // query rows whose scores and outputs stay in cache together
 inline constexpr int kRowAlign = 16;
-inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr double kLog2E = 1.4426950408889634;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -245,7 +245,7 @@ struct SoftmaxRows {
   template <class Visible>
   void softmax(int block, int width, int count, int padded_count, Real scale, Real softcap, const Visible& visible) {
     bool rewrite = softcap > 0 || scale <= 0;
-    Real to_log2 = (softcap > 0 ? softcap : scale <= 0 ? Real(1) : scale) * Real(1.4426950408889634);
+    Real to_log2 = (softcap > 0 ? softcap : scale <= 0 ? Real(1) : scale) * Real(kLog2E);
     for (int c = 0; c < width; c += kLane) {
       Vector<Real> highest = broadcast(-kInfinity);
       for (int key = 0; key < count; key++) {

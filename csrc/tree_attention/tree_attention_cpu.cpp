@@ -182,7 +182,7 @@ class Forward {
       int width = rows.block_rows(row / kRowBlock * kRowBlock);
       Vector<Real> sink;
       for (int i = 0; i < lanes; i++)
-        sink[i] = p.sinks && row + i < rows.rows ? Real(*p.sinks.at<const float>(query_head(at, row + i))) * kLog2E : -Rows::kInfinity;
+        sink[i] = p.sinks && row + i < rows.rows ? Real(*p.sinks.at<const float>(query_head(at, row + i)) * kLog2E) : -Rows::kInfinity;
       Vector<Real> highest = sink;
       for (int s = 0; s < count; s++) {
         rows.use_state(state_of(s));
