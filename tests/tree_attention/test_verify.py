@@ -260,8 +260,8 @@ def test_a_certain_token_is_always_accepted(backend: Backend) -> None:
 
 
 # Losslessness. Every batch row is one experiment: a root with three children and two grandchildren, a target that
-# depends on the last token only. The first token must follow the root's target, the second, where a draft was accepted, the
-# target after the first.
+# depends on the last token only. The first token must follow the root's target; the second, where a draft was accepted,
+# the target after the first.
 
 VOCABULARY = 5
 TARGET = torch.tensor(
