@@ -2,8 +2,8 @@
 """How close is close enough, in one place.
 
 The error against the float64 truth on the same inputs may be twice that of the plain PyTorch formula in the same dtype,
-plus two units in the last place at the largest true magnitude. Before sizes are compared, NaN and infinities must sit at
-the same places.
+plus two units in the last place at the largest true magnitude. Before sizes are compared, NaN and infinities must sit
+at the same places.
 
 In a small case the error of the plain formula is a sample of few roundings, so it is taken over several summation
 orders, and a caller may state a ``floor``: what the rounding of intermediate results alone may cost.

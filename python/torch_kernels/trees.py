@@ -41,7 +41,7 @@ def from_choices(choices: Sequence[Sequence[int]]) -> Tensor:
 
 
 def from_scores(scores: Tensor, parent_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """The root and the ``num_nodes - 1`` best candidates of a scored pool: the dynamic tree of EAGLE-2 (Li et al. 2024).
+    """The root and the ``num_nodes - 1`` best candidates of a scored pool: EAGLE-2's dynamic tree (Li et al. 2024).
 
     ``scores [B, N]`` are cumulative log-probabilities. ``parent_index [B, N]`` is the pool index of each candidate's
     parent, smaller than its own; -1 for a child of the root; -2 for an entry that is no candidate. Returns int32

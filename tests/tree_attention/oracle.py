@@ -196,7 +196,7 @@ def verify_sampling(
     proposals: list[list[float]] | None,
     replacement: bool,
 ) -> tuple[list[int], np.ndarray, float]:
-    """One row: the path, the final token's distribution, and the margin of the acceptance that was closest to turning."""
+    """One row: the path, the final token's distribution, and the margin of the closest acceptance."""
     margin = 1.0
     if not parents or parents[0] != -1:
         return [], np.zeros(0), margin

@@ -162,7 +162,7 @@ def test_window_is_decoding_along_the_path(backend: Backend, data: st.DataObject
 
 
 def test_window_counts_positions_not_slots(backend: Backend) -> None:
-    # A star of 8: the last leaf sits in slot 8 but at position prefix + 1. Window 3 leaves it one prefix token, not none.
+    # A star of 8: the last leaf sits in slot 8 but at position prefix + 1. Window 3 shows it one prefix token.
     args = make(Case(prefixes=(10,), nodes=9, kv_heads=1, group=1, window=3, head_size=8, value_size=8), backend.device)
     args["parents"] = torch.tensor([[-1] + [0] * 8], dtype=torch.int32, device=backend.device)
     args["q"].zero_()

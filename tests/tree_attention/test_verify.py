@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,7 @@ def test_typical(
     seed: int,
 ) -> None:
     epsilon, delta = thresholds
-    batch, nodes = 3, min(nodes, 16) if backend.slow else nodes
+    batch, nodes = 6, min(nodes, 16) if backend.slow else nodes
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(batch, nodes, vocabulary, generator=generator)
     # Likely tokens, so that some are accepted, and impossible ones, which never are.
@@ -133,6 +135,35 @@ def test_typical(
             assert tokens[num_accepted] == int(logits[b, way[-1]].argmax())
 
 
+@pytest.mark.parametrize("bound", ["epsilon", "delta"])
+def test_typical_threshold(backend: Backend, bound: str) -> None:
+    # p(1) = 0.3 against a threshold just below and just above it, once set by epsilon and once by delta * exp(-H).
+    p = torch.tensor([0.5, 0.3, 0.2])
+    entropy = -float((p.double() * (p.double() + 1e-5).log()).sum())
+    draft, parents = torch.tensor([[0, 1]]), torch.tensor([[-1, 0]])
+    logits = (2 * p.log()).expand(1, 2, 3)  # temperature 2 takes the factor back
+    for factor, accepted in ((0.999, 1), (1.001, 0)):
+        options = {"epsilon": 0.3 * factor if bound == "epsilon" else 0.9}
+        options["delta"] = 0.3 * factor * math.exp(entropy) if bound == "delta" else 9.0
+        # fmt: off
+        _, num_accepted, _ = backend("tree_verify_typical", *device(backend, draft, logits, parents),
+                                     temperature=2.0, **options)
+        # fmt: on
+        assert num_accepted.tolist() == [accepted]
+
+
+def test_typical_uses_the_entropy_of_medusa(backend: Backend) -> None:
+    # H = -sum p ln(p + 1e-5): over 4096 equal probabilities that is 4 % more in exp(-H) than the exact entropy.
+    draft, parents = torch.tensor([[0, 1]]), torch.tensor([[-1, 0]])
+    logits = torch.zeros(1, 2, 4096)
+    for delta, accepted in ((0.97, 0), (0.95, 1)):
+        # fmt: off
+        _, num_accepted, _ = backend("tree_verify_typical", *device(backend, draft, logits, parents),
+                                     temperature=1.0, epsilon=0.5, delta=delta)
+        # fmt: on
+        assert num_accepted.tolist() == [accepted]
+
+
 def test_typical_takes_the_lowest_of_equal_logits_and_ignores_nan(backend: Backend) -> None:
     logits = torch.tensor([[[0.0, 2.0, 2.0, float("nan")]]])
     # fmt: off
@@ -150,8 +181,8 @@ def assert_drawn(token: int, mass: np.ndarray, u: float, tolerance: float = 2e-5
 
 
 @for_all(
-    nodes=NODES,
-    vocabulary=st.sampled_from([1, 2, 3, 31, 33, 129, 1000]),
+    nodes=st.sampled_from([5, 16, 0, 1, 2, 33, 64]),
+    vocabulary=st.sampled_from([3, 7, 33, 1, 2, 129, 1000]),
     mode=st.sampled_from(["deterministic", "with", "without"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.float64]),
     seed=seeds,
@@ -159,7 +190,7 @@ def assert_drawn(token: int, mass: np.ndarray, u: float, tolerance: float = 2e-5
 def test_sampling_decisions(
     backend: Backend, nodes: int, vocabulary: int, mode: str, dtype: torch.dtype, seed: int
 ) -> None:
-    batch = 3
+    batch = 12
     dtype = dtype if dtype in backend.dtypes else torch.float32
     generator = torch.Generator().manual_seed(seed)
     target = (2 * torch.randn(batch, nodes, vocabulary, generator=generator)).softmax(-1)
@@ -228,9 +259,9 @@ def test_a_certain_token_is_always_accepted(backend: Backend) -> None:
         assert path.tolist() == [[0, 1, 2]] and num_accepted.tolist() == [2] and tokens.tolist() == [[1, 1, 1]]
 
 
-# Losslessness. Every batch row is one experiment: a root with three children and two grandchildren, a target that depends
-# on the last token only. The first token must follow the root's target, the second, where a draft was accepted, the
-# target after the first.
+# Losslessness. Every batch row is one experiment: a root with three children and two grandchildren, a target that
+# depends on the last token only. The first token must follow the root's target; the second, where a draft was accepted,
+# the target after the first.
 
 VOCABULARY = 5
 TARGET = torch.tensor(
