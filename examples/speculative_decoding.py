@@ -378,6 +378,7 @@ def main() -> None:
             plain_time = min(plain_time, middle - start)
             tree_time = min(tree_time, time.perf_counter() - middle)
         sped_up = [token for step in steps for token in step.tokens][:count]
+        print(f"\n=== {name}: prompt\n{topic(name)[:PROMPT_BYTES]}")
         print(f"\n=== {name}: plain\n{''.join(map(chr, plain))}")
         print(f"\n=== {name}: token tree\n{show(steps, count)}")
         accepted = sum(len(step.tokens) - 1 for step in steps) / max(1, len(steps) - 1)
