@@ -7,15 +7,19 @@
 namespace torch_kernels {
 
 template <class T, class Cache>
-void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream);
-void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream);
+void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials,
+                           void* stream);
+void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials,
+                                   void* stream);
 
 namespace {
 
 // One warp per row of the output: the splits' states and accumulators in ascending order.
 template <class T>
-__global__ void __launch_bounds__(128) tree_attention_combine_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
-  int nodes = int(p.q.size[1]), query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]), value_size = int(p.v_cache.size[3]);
+__global__ void __launch_bounds__(128)
+    tree_attention_combine_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
+  int nodes = int(p.q.size[1]), query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]),
+      value_size = int(p.v_cache.size[3]);
   int lane = threadIdx.x % 32, group = query_heads / kv_heads, rows = nodes * group;
   int64_t item = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (item >= p.q.size[0] * kv_heads * rows) return;
@@ -52,9 +56,11 @@ __global__ void __launch_bounds__(128) tree_attention_combine_kernel(TreeAttenti
     T* to = p.out.at<T>(batch, node, head, column);
     if (l == 0) factor = 0;
     if constexpr (sizeof(T) == 4)
-      *reinterpret_cast<float4*>(to) = make_float4(factor * total.x, factor * total.y, factor * total.z, factor * total.w);
+      *reinterpret_cast<float4*>(to) =
+          make_float4(factor * total.x, factor * total.y, factor * total.z, factor * total.w);
     else
-      *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(factor * total.x, factor * total.y), pack<T>(factor * total.z, factor * total.w));
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(pack<T>(factor * total.x, factor * total.y), pack<T>(factor * total.z, factor * total.w));
   }
 }
 
@@ -85,7 +91,8 @@ int64_t tree_attention_workspace_bytes(const TreeAttentionParams& p) {
 
 void tree_attention(const TreeAttentionParams& p, void* workspace, void* stream) {
   bool quantised = p.k_cache.dtype == DType::int8 || p.k_cache.dtype == DType::float8_e4m3;
-  require(quantised || p.k_cache.dtype == p.q.dtype, "tree_attention: k_cache must have q's dtype, float8_e4m3fn or int8");
+  require(quantised || p.k_cache.dtype == p.q.dtype,
+          "tree_attention: k_cache must have q's dtype, float8_e4m3fn or int8");
   require(quantised == bool(p.k_scale), "tree_attention: k_scale and v_scale go with a quantised cache");
   require(p.q.size[1] <= 1024, "tree_attention: expected at most 1024 nodes, got ", p.q.size[1]);
   require(std::max(p.q.size[3], p.v_cache.size[3]) <= 256, "tree_attention: expected head sizes up to 256");
