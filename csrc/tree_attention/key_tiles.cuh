@@ -49,7 +49,6 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
 
   AncestorWalk walk;   // of row `thread`
   int64_t entry = -1;  // looked up ahead, for key `thread` of the next tile to place
-  int depth[2];     // of this thread's rows: lane / 4 and lane / 4 + 8 of its warp's 16; -1: padding, or no row at all
   int deepest = 0;  // of all rows
 
   DEVICE explicit KeyTiles(const TreeAttentionWork& w)
@@ -65,10 +64,12 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
       depths[thread] = row < work.rows ? walk.start(parents, work.node(row), work.plan.window) : -1;
     }
     __syncthreads();
-    for (int half = 0; half < 2; half++) depth[half] = depths[warp_m * 16 + half * 8 + lane / 4];
     if (work.plan.window > 0)
       for (int i = 0; i < kRowTile; i++) deepest = max(deepest, int(depths[i]));
   }
+
+  // Of this thread's rows, lane / 4 and lane / 4 + 8 of its warp's 16: -1 for padding, or no row at all.
+  DEVICE int depth(int half) const { return depths[warp_m * 16 + half * 8 + lane / 4]; }
 
   // Q to shared memory. 8-bit K fragments hold columns 4t .. 4t+3 of 16 in lane t, where 16-bit ones hold 2t, 2t+1,
   // 2t+8, 2t+9: for them Q's columns are permuted alike.
@@ -131,7 +132,7 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
       const char* source = exists ? base + place.x * stride0 + place.y * stride1 : base;
       copy_chunk(buffer + swizzled<kRowBytes>(row, chunk), source, exists ? valid : 0, width);
     };
-#pragma unroll(kHeadTile == 256 ? 2 : 4)
+#pragma unroll(kHeadTile < 256 ? 4 : int(sizeof(KV)))  // registers are short at 256 columns
     for (int row = thread / kChunks; row < kKeys; row += kThreads / kChunks) copy_row(row);
   }
 
@@ -152,7 +153,7 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
       if (work.is_tree(tile))
         seen = ancestors[(tile % 2 * kRowTile + warp_m * 16 + half * 8 + lane / 4) * kWords + word];
       else
-        seen = work.window_bits(work.first_slot(tile) + word * 32, depth[half]);
+        seen = work.window_bits(work.first_slot(tile) + word * 32, depth(half));
       bits[word] &= seen;
     }
   }

@@ -218,14 +218,11 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
     }
     find_ancestors(first);
 
-    int read_slot = 0;
-    auto next_buffer = [&] {
+    auto next_buffer = [&]() -> const char* {
       ptx::cp_async_wait<kBuffers - 2>();
       __syncthreads();
       issue();
-      const char* buffer = shared + kRing + read_slot * kBufferBytes;
-      read_slot = read_slot + 1 == kBuffers ? 0 : read_slot + 1;
-      return buffer;
+      return shared + kRing + ring_slot * kBufferBytes;  // the oldest: the next to be overwritten
     };
     for (int tile = first; tile < last; tile++) {
       const char* k = next_buffer();
@@ -304,7 +301,7 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
     for (int half = 0; half < 2; half++) {
       int row = warp_m * 16 + half * 8 + lane / 4;
       sum[half] = quad_sum(sum[half]);
-      if (depth[half] < 0) sum[half] = 0;
+      if (depth(half) < 0) sum[half] = 0;
       if (lane % 4 == 0) states[warp_n * kRowTile + row] = make_float2(maximum[half] * kLn2, sum[half]);
     }
     __syncthreads();
@@ -325,10 +322,10 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
       }
       bool writer = lane % 4 == 0 && warp_n == 0 && global_row < work.rows;
       if (work.splits > 1) {
-        if (writer) partials.state[work.partial_row(global_row)] = make_float2(depth[half] < 0 ? NAN : m, l);
+        if (writer) partials.state[work.partial_row(global_row)] = make_float2(depth(half) < 0 ? NAN : m, l);
       } else if (global_row < work.rows) {
         int head = work.query_head(global_row);
-        float lse, sink = p.sinks && depth[half] >= 0 ? *p.sinks.at<const float>(head) : -INFINITY;
+        float lse, sink = p.sinks && depth(half) >= 0 ? *p.sinks.at<const float>(head) : -INFINITY;
         factor[half] *= finish_row(m, l, sink, lse);
         if (writer) *p.lse.at<float>(work.batch, head, work.node(global_row)) = lse;
       }

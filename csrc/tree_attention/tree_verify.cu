@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_typical_edges_kernel(Tr
   if (!__syncthreads_or(is_parent)) return;
 
   Softmax softmax(p, batch, node);
-  double entropy = 0;
+  double entropy = 0, inverse_total = 1 / softmax.total;
   for (int64_t x = threadIdx.x; x < softmax.vocabulary; x += kVerifyThreads) {
-    float q = float(softmax.weight(x) / softmax.total);
+    float q = float(softmax.weight(x) * inverse_total);
     entropy -= double(q * logf(q + 1e-5f));
   }
   entropy = block_sum(entropy);
