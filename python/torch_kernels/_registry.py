@@ -75,6 +75,7 @@ class Backend:
     name: str
     load: Callable[[], Callable[..., Any]]
     dtypes: tuple[torch.dtype, ...]
+    unit_stride: bool = False  # whether tensors must have last stride 1; others are copied
     note: str = ""  # for the support matrix
 
 
@@ -140,6 +141,7 @@ class Op:
         _library.define(self.schema)
         arguments = torch._C.parse_schema(f"kernels::{self.schema}").arguments
         self._names = [a.name for a in arguments]
+        self._written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
         self._defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
         self.dispatcher = _native.cpu.Dispatcher(self._defaults, self._prepare)
         for key in ("CPU", "CUDA"):
@@ -177,7 +179,22 @@ class Op:
             validate = (lambda *args: self.validate(*map(_index_to_cpu, args))) if _State.validate else None
         if backend.name == "reference":
             return backend.load(), validate, None
-        return backend.load(), validate, [(tuple(o.shape), o.stride(), o.dtype) for o in self.allocate(*args)]
+        kernel, outputs = backend.load(), self.allocate(*args)
+        if backend.unit_stride and (strided := [i for i, a in enumerate(args) if _is_strided(a)]):
+            kernel = self._with_copies(kernel, len(outputs), strided)
+        return kernel, validate, [(tuple(o.shape), o.stride(), o.dtype) for o in outputs]
+
+    def _with_copies(self, kernel: Callable[..., Any], outputs: int, strided: list[int]) -> Callable[..., Any]:
+        def run(*args: Any) -> None:
+            copies = list(args)
+            for i in strided:
+                copies[outputs + i] = args[outputs + i].contiguous()
+            kernel(*copies)
+            for i in strided:
+                if self._written[i]:
+                    args[outputs + i].copy_(copies[outputs + i])
+
+        return run
 
     def backend_for(self, *args: Any) -> Backend:
         """The backend that serves a call with these arguments."""
@@ -214,6 +231,10 @@ class Op:
         if backend.name == "triton" and interpreting_triton() and floating is torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly"
         return None
+
+
+def _is_strided(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() > 0 and argument.shape[-1] > 1 and argument.stride(-1) != 1
 
 
 def _index_to_cpu(argument: Any) -> Any:

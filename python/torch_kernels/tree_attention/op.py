@@ -29,9 +29,9 @@ def _backends(name: str) -> tuple[Backend, ...]:
     cpu_dtypes, gpu_dtypes = (*_checks.FLOATING, *QUANTISED), (*HALF_AND_SINGLE, *QUANTISED)
     return (
         Backend("cpu", native("cpu", name), cpu_dtypes),
-        Backend("cuda", native("cuda", name), gpu_dtypes),
+        Backend("cuda", native("cuda", name), gpu_dtypes, unit_stride=True),
         Backend("triton", triton, gpu_dtypes),
-        Backend("emulator", native("emulator", name), gpu_dtypes),
+        Backend("emulator", native("emulator", name), gpu_dtypes, unit_stride=True),
         Backend("reference", lambda: getattr(reference, name), cpu_dtypes),
     )
 
