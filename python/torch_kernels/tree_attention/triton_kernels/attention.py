@@ -29,12 +29,14 @@ COMBINE_ROWS = 8
 
 
 @triton.jit
-def _tanh(x):
-    decay = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    far = (1 - decay) / (1 + decay)
-    square = x * x
-    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+def _tanh(x, EXACT: tl.constexpr):
+    """tanh to 1e-7; EXACT keeps the relative error of small arguments, too."""
+    result = 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1)
+    if EXACT:
+        square = x * x
+        near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        result = tl.where(tl.abs(x) < 0.3, near, result)
+    return result
 
 
 @triton.jit
@@ -79,9 +81,9 @@ def _load_tile(base, offsets, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, M
     column = tl.arange(0, BLOCK)
     pointers = base + offsets[:, None] + column[None, :]
     if MASKED:
-        tile = tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0)
+        tile = tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0.0)
     elif SIZE < BLOCK:
-        tile = tl.load(pointers, mask=(column < SIZE)[None, :], other=0)
+        tile = tl.load(pointers, mask=(column < SIZE)[None, :], other=0.0)
     else:
         tile = tl.load(pointers)
     return tile
@@ -101,8 +103,8 @@ def _scores(
         for first in range(0, SIZE, CHUNK):
             d = first + tl.arange(0, CHUNK)
             inside = (d < SIZE)[None, :]
-            q_chunk = tl.load(q + q_offset[:, None] + d[None, :], mask=q_exists[:, None] & inside, other=0)
-            k_chunk = tl.load(base + offset[:, None] + d[None, :], mask=exists[:, None] & inside, other=0)
+            q_chunk = tl.load(q + q_offset[:, None] + d[None, :], mask=q_exists[:, None] & inside, other=0.0)
+            k_chunk = tl.load(base + offset[:, None] + d[None, :], mask=exists[:, None] & inside, other=0.0)
             scores = tl.dot(q_chunk, tl.trans(_decode(k_chunk, q_chunk.dtype)), scores, input_precision=PRECISION)
     return scores
 
@@ -122,7 +124,7 @@ def _attend(
     """One step of online softmax."""
     scores *= score_scale
     if HAS_SOFTCAP:
-        scores = softcap * LOG2E * _tanh(scores / softcap)
+        scores = softcap * LOG2E * _tanh(scores / softcap, v.dtype == tl.float32)
     if MASKED:
         scores = tl.where(visible, scores, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -142,7 +144,7 @@ def _add_special(results, offset, v, seen, DV: tl.constexpr, BLOCK_DV: tl.conste
     special = (v != v) | (tl.abs(v) == float("inf"))
     affected = seen[:, None] & (special & (d < DV))[None, :]
     target = results + offset[:, None] + d[None, :]
-    result = tl.load(target, mask=affected, other=0).to(tl.float32) + v[None, :]
+    result = tl.load(target, mask=affected, other=0.0).to(tl.float32) + v[None, :]
     tl.store(target, result.to(results.dtype.element_ty), mask=affected)
 
 
@@ -307,17 +309,17 @@ def tree_attention_kernel(
             for step in range(0, BLOCK_N):
                 slot = begin + tile * BLOCK_N + step + d * 0
                 v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
-                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0.0), q_tile.dtype).to(tl.float32)
                 seen = (depth >= 0) & (prefix + depth - (begin + tile * BLOCK_N + step) < window)
                 _add_special(results, offset, v, seen, DV, BLOCK_DV)
         for key in range(0, tl.where(split == splits - 1, nodes, 0)):
             if k_tree is not None:
                 v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
-                v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0).to(tl.float32)
+                v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0.0).to(tl.float32)
             else:
                 slot = prefix + key + d * 0
                 v_offset, exists = _locate(slot, slot < capacity, block_table, pages, v_stride_b, v_stride_s, PAGE)
-                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0.0), q_tile.dtype).to(tl.float32)
             walker = tl.where(depth >= 0, node, -2)
             steps = tl.zeros_like(node)
             while tl.max(walker, axis=0) > key:
@@ -386,8 +388,10 @@ def attention_config(rows: int, head_size: int, value_size: int, element_size: i
         # Full float32 products run on the ordinary cores, where registers bound the tile.
         return Config(16, 16, 4 if widest <= 128 else 8, 1)
     large = arch in ("sm_90", "sm_100")
-    block_m = min(max(triton.next_power_of_2(rows), 16), 128 if widest <= 128 else 64)
-    block_n = 64 if arch == "sm_90" and widest <= 128 else 32
+    block_m = min(max(triton.next_power_of_2(rows), 16), 128 if widest <= 128 else 64 if large else 32)
+    if block_m == 64 and not large:
+        block_m = 128
+    block_n = 64 if widest <= 128 and (block_m == 16 or arch == "sm_90") else 32
     return Config(block_m, block_n, 8 if block_m * widest > 64 * 64 else 4, 3 if large else 2)
 
 

@@ -330,12 +330,12 @@ def tree_verify_typical(
     with on_device(parents):
         typical_matches_kernel[(nodes, batch)](
             matches, draft_tokens, target_logits, parents, _bits(temperature), _bits(epsilon), _bits(delta), nodes, vocabulary, *strides,
-            BLOCK_V=block,
+            BLOCK_V=block, num_warps=8,
         )  # fmt: skip
         tree_verify_typical_kernel[(batch,)](
             path, num_accepted, tokens, matches, mass, draft_tokens, target_logits, parents,
             None if uniforms is None else uniforms.contiguous(), _bits(temperature), nodes, vocabulary, *strides,
-            BLOCK_T=_nodes_block(nodes), BLOCK_V=block,
+            BLOCK_T=_nodes_block(nodes), BLOCK_V=block, num_warps=8,
         )  # fmt: skip
 
 
@@ -355,14 +355,14 @@ def tree_verify_sampling(path, num_accepted, tokens, draft_tokens, target_probs,
         tree_verify_sampling_kernel[(batch,)](
             path, num_accepted, tokens, r, q, draft_tokens.contiguous(), target_probs, parents.contiguous(), uniforms.contiguous(),
             draft_probs, nodes, vocabulary, *target_probs.stride()[:2], *(draft_probs.stride()[:2] if q is not None else (0, 0)),
-            REPLACEMENT=replacement, BLOCK_T=_nodes_block(nodes), BLOCK_V=_vocabulary_block(vocabulary),
+            REPLACEMENT=replacement, BLOCK_T=_nodes_block(nodes), BLOCK_V=_vocabulary_block(vocabulary), num_warps=8,
         )  # fmt: skip
 
 
 def aot_cases(arch: str):
     def case(name, kernel, pointers, constants):
         signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(["temperature", "epsilon", "delta"], "i64") | pointers
-        return name, kernel, {argument: signature[argument] for argument in kernel.arg_names}, constants, {}
+        return name, kernel, {argument: signature[argument] for argument in kernel.arg_names}, constants, {"num_warps": 8 if "BLOCK_V" in constants else 4}
 
     outputs = {"path": "*i32", "num_accepted": "*i32", "tokens": "*i64", "matches": "*i32", "draft_tokens": "*i64", "parents": "*i32"}
     probs = outputs | {"r": "*fp64", "q": "*fp64", "target_probs": "*fp32", "draft_probs": "*fp32", "uniforms": "*fp32"}
