@@ -61,7 +61,15 @@ def main(op: str, arch: str) -> None:
     for name, kernel, signature, constants, options in load_kernels(op).aot_cases(arch):
         signature = signature | dict.fromkeys(constants, "constexpr")
         # cache_key is the hash of the kernel's source and of everything it calls.
-        key = [kernel.cache_key, signature, constants, options, arch, triton.__version__, pathlib.Path(__file__).read_text()]
+        key = [
+            kernel.cache_key,
+            signature,
+            constants,
+            options,
+            arch,
+            triton.__version__,
+            pathlib.Path(__file__).read_text(),
+        ]
         try:
             entry = cached(key, lambda: compile_case(kernel, signature, constants, options, arch))  # noqa: B023
         except Exception as error:

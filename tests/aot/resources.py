@@ -4,8 +4,10 @@
     python -m tests.aot.resources              compile everything, print the table
     python -m tests.aot.resources --update     and write it to tests/aot/resources.json
 
-One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared memory in bytes; tensor-core
-instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's ``triton_kernels``, CUDA kernels from ``csrc/*/*.cu``.
+One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared
+memory in bytes; tensor-core
+instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's ``triton_kernels``, CUDA kernels from
+``csrc/*/*.cu``.
 Results are cached under build/aot by the hash of everything they depend on.
 """
 
@@ -77,7 +79,10 @@ def read_cubin(cubin: pathlib.Path) -> dict[str, dict]:
     for section in re.split(r"\n\s*Function : ", _run([TOOLS / "cuobjdump", "--dump-sass", cubin]))[1:]:
         name, _, body = section.partition("\n")
         if name.strip() in found:
-            found[name.strip()] |= {"local": len(re.findall(r"\b(?:LDL|STL)\b", body)), "mma": _count(MMA_OPCODES, body)}
+            found[name.strip()] |= {
+                "local": len(re.findall(r"\b(?:LDL|STL)\b", body)),
+                "mma": _count(MMA_OPCODES, body),
+            }
     return found
 
 
@@ -135,7 +140,8 @@ def _cuda_entries(source: pathlib.Path, arch: str, version: str, headers: str) -
     kernels = cached(key, lambda: _compile_cuda(source, arch))
     label = f"{source.parent.name}/{source.stem}"
     return [
-        {"kernel": f"{label}: {_demangle(name)}", "arch": arch, "compiler": f"nvcc {version}"} | entry for name, entry in kernels.items()
+        {"kernel": f"{label}: {_demangle(name)}", "arch": arch, "compiler": f"nvcc {version}"} | entry
+        for name, entry in kernels.items()
     ]
 
 
@@ -172,9 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="write tests/aot/resources.json")
     arguments = parser.parse_args()
-    entries = collect([*triton_jobs(), *cuda_jobs()], os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True))
+    entries = collect(
+        [*triton_jobs(), *cuda_jobs()], os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True)
+    )
     for entry in entries:
-        print("{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared  {kernel}  {mma}".format(**entry))
+        print(
+            "{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared  {kernel}  {mma}".format(
+                **entry
+            )
+        )
     if arguments.update:
         write_table(entries)
 
