@@ -5,10 +5,9 @@
     python -m tests.aot.resources --update     and write it to tests/aot/resources.json
 
 One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared
-memory in bytes; tensor-core
-instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's ``triton_kernels``, CUDA kernels from
-``csrc/*/*.cu``.
-Results are cached under build/aot by the hash of everything they depend on.
+memory in bytes; tensor-core instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's
+``triton_kernels``, CUDA kernels from ``csrc/*/*.cu``. Results are cached
+under build/aot by the hash of everything they depend on.
 """
 
 import argparse
@@ -130,9 +129,18 @@ def _compile_cuda(source: pathlib.Path, arch: str) -> dict:
 
 
 def _demangle(name: str) -> str:
-    readable = _run(["c++filt", name]).strip() if shutil.which("c++filt") else name
-    # The name and template arguments say which kernel it is; its parameters add nothing.
-    return re.sub(r"^void ", "", readable).rsplit("(", 1)[0] if readable.endswith(")") else readable
+    """The readable name with template arguments but without parameters, which add nothing."""
+    if not shutil.which("c++filt"):
+        return name
+    readable = _run(["c++filt", name]).strip().removeprefix("void ")
+    if not readable.endswith(")"):
+        return readable
+    depth = 0
+    for index in reversed(range(len(readable))):
+        depth += {")": 1, "(": -1}.get(readable[index], 0)
+        if depth == 0:
+            return readable[:index]
+    return readable
 
 
 def _cuda_entries(source: pathlib.Path, arch: str, version: str, headers: str) -> list[dict]:
@@ -182,11 +190,8 @@ def main() -> None:
         [*triton_jobs(), *cuda_jobs()], os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True)
     )
     for entry in entries:
-        print(
-            "{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared  {kernel}  {mma}".format(
-                **entry
-            )
-        )
+        numbers = "{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared".format(**entry)
+        print(f"{numbers}  {entry['kernel']}  {entry['mma']}")
     if arguments.update:
         write_table(entries)
 

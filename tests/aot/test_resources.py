@@ -11,7 +11,6 @@ import pytest
 
 from . import resources
 
-
 # ptxas now and then parks one 64-bit value outside a loop to fit one more block on a multiprocessor. More than that is
 # a spill.
 PARKED_BYTES = 8

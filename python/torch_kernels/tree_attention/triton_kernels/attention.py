@@ -231,7 +231,7 @@ def tree_attention_kernel(
         )
 
     # The tiles left out: those before full_begin, and the last one when the prefix ends inside it.
-    for step in range(0, tiles - (full_end - full_begin)):
+    for step in range(tiles - (full_end - full_begin)):
         tile = tl.where(step < full_begin, step, tiles - 1)
         slot = begin + tile * BLOCK_N + column
         k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
@@ -324,8 +324,8 @@ def tree_attention_kernel(
     if special > 0:
         tl.debug_barrier()
         depth = depth_of(parents, tl.where(node < nodes, node, -2))
-        for tile in range(0, full_begin):
-            for step in range(0, BLOCK_N):
+        for tile in range(full_begin):
+            for step in range(BLOCK_N):
                 slot = begin + tile * BLOCK_N + step + d * 0
                 v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
                 v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0.0), q_tile.dtype).to(
@@ -333,7 +333,7 @@ def tree_attention_kernel(
                 )
                 seen = (depth >= 0) & (prefix + depth - (begin + tile * BLOCK_N + step) < window)
                 _add_special(results, offset, v, seen, DV, BLOCK_DV)
-        for key in range(0, tl.where(split == splits - 1, nodes, 0)):
+        for key in range(tl.where(split == splits - 1, nodes, 0)):
             if k_tree is not None:
                 v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
                 v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0.0).to(tl.float32)
@@ -404,19 +404,24 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def attention_config(rows: int, head_size: int, value_size: int, element_size: int, softcap: bool, arch: str) -> Config:
-    """Tiles for `rows` packed rows per key/value head; element_size is that of the queries. The largest that do not
-    spill registers."""
+def attention_config(
+    rows: int, head_size: int, value_size: int, element_size: int, quantised: bool, softcap: bool, arch: str
+) -> Config:
+    """The largest tiles that do not spill, for `rows` packed rows per key/value head; element_size is the queries'."""
     widest = max(triton.next_power_of_2(head_size), triton.next_power_of_2(value_size))
     if element_size == 4:
         # Full float32 products run on the ordinary cores, where registers bound the tile.
         return Config(16, 16, 4 if widest <= 128 else 8, 1)
-    large = arch in ("sm_90", "sm_100")
-    block_m = min(max(triton.next_power_of_2(rows), 16), 128 if widest <= 128 else 64 if large else 32)
-    if not large and (softcap or block_m == 64):
-        block_m = min(block_m, 32)
-    block_n = 64 if widest <= 128 and (block_m == 16 or arch == "sm_90") else 32
-    return Config(block_m, block_n, 8 if block_m * widest > 64 * 64 else 4, 3 if large else 2)
+    block_m = max(triton.next_power_of_2(rows), 16)
+    if arch in ("sm_90", "sm_100"):
+        block_m = min(block_m, 128 if widest <= 128 else 64)
+        wide_keys = widest <= 128 and (block_m == 16 or (arch == "sm_90" and not quantised))
+        return Config(block_m, 64 if wide_keys else 32, 8 if block_m * widest > 64 * 64 else 4, 3)
+    if widest > 128:
+        return Config(min(block_m, 32), 16, 4, 2)
+    # Tiles of 64 rows spill where those of 128, with twice the warps, do not.
+    block_m = 128 if block_m >= 128 and not softcap else min(block_m, 32)
+    return Config(block_m, 64 if block_m == 16 else 32, 8 if block_m == 128 else 4, 2)
 
 
 def chunk(head_size: int, element_size: int) -> int:
@@ -455,7 +460,7 @@ def tree_attention(
     page = max(k_cache.shape[1], 1) if paged else 0
     capacity = block_table.shape[1] * k_cache.shape[1] if paged else k_cache.shape[1]
     config = attention_config(
-        nodes * group, head_size, value_size, q.element_size(), softcap > 0, architecture(q.device)
+        nodes * group, head_size, value_size, q.element_size(), k_scale is not None, softcap > 0, architecture(q.device)
     )
 
     row_tiles = triton.cdiv(nodes * group, config.block_m)
@@ -518,7 +523,7 @@ def _aot_case(
 ):
     """An instance of the attention kernel as the launcher would make it. ``cache`` is the type of a quantised cache."""
     element_size = 4 if dtype == "*fp32" else 2
-    config = attention_config(nodes * group, head_size, head_size, element_size, softcap, arch)
+    config = attention_config(nodes * group, head_size, head_size, element_size, cache is not None, softcap, arch)
     block_d = max(triton.next_power_of_2(head_size), 16)
     constants = {
         "GROUP": group, "D": head_size, "DV": head_size, "PAGE": page, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap,

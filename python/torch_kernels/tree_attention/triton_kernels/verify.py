@@ -40,7 +40,7 @@ def _emit(path, num_accepted, tokens, draft_tokens, parents, last, depth, next_t
     on_path = tl.zeros_like(place) - 1
     after = tl.zeros_like(place) - 1
     node = last
-    for step in range(0, tl.where(last >= 0, depth + 1, 0)):
+    for step in range(tl.where(last >= 0, depth + 1, 0)):
         on_path = tl.where(place == depth - step, node, on_path)
         after = tl.where(place == depth - step - 1, node, after)
         node = tl.maximum(tl.load(parents + node), 0).to(tl.int32)
