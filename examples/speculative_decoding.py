@@ -43,6 +43,7 @@ class Config:
     width: int = 256
     heads: int = 4
     kv_heads: int = 2
+    head_size: int = 64
     hidden: int = 704
     draft_heads: int = 4  # head d guesses the byte d places after the next one
     window: int = 256  # how far back a byte looks, in training and in generation
@@ -50,13 +51,6 @@ class Config:
     steps: int = 450
     learning_rate: float = 1e-2
     seed: int = 0
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-
-# ------------------------------------------------------------------------------------------------------------- model
 
 
 class Block(nn.Module):
@@ -68,7 +62,7 @@ class Block(nn.Module):
         width, hidden = config.width, config.hidden
         self.attention_norm = nn.RMSNorm(width, eps=1e-5)
         self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * self.head_size, bias=False)
-        self.project = nn.Linear(width, width, bias=False)
+        self.project = nn.Linear(self.heads * self.head_size, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=1e-5)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -119,16 +113,14 @@ class Model(nn.Module):
         return self.unembed(torch.stack([hidden + F.silu(head(hidden)) for head in self.medusa], dim=-2))
 
 
-# ---------------------------------------------------------------------------------------------------------- training
-
-
 def as_bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
 def topic(name: str) -> str:
-    """A topic without indentation, rulers and table borders: a long run of one character is too easy to continue."""
-    return re.sub(r"([^\w\s])\1{3,}", r"\1\1\1", re.sub(" +", " ", topics[name]))
+    """A topic without indentation, tables and rulers: a long run of one character is too easy to continue."""
+    prose = re.sub(r"(?m)^ *[|+].*\n", "", topics[name])
+    return re.sub(r"([^\w\s])\1{3,}", r"\1\1\1", re.sub(" +", " ", prose))
 
 
 def training_text() -> str:
@@ -227,9 +219,6 @@ def trained_model(config: Config, device: torch.device) -> Model:
         if isinstance(module, nn.Linear):  # stored by columns, a CPU multiplies a few rows faster
             module.weight.data = module.weight.data.t().contiguous().t()
     return model.eval()
-
-
-# -------------------------------------------------------------------------------------------------------- generation
 
 
 class Cache:
@@ -344,19 +333,11 @@ def write_with_tree(model: Model, prompt: Tensor, count: int, tree: Tree) -> lis
     return steps
 
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-
 def show(steps: list[Step], count: int) -> str:
     """The text; on a terminal, accepted drafts are green."""
-    start, end = ("\33[32m", "\33[0m") if sys.stdout.isatty() else ("", "")
-    pieces = []
-    for step in steps:
-        tokens = step.tokens[: max(0, count)]
-        count -= len(tokens)
-        drafts = min(len(tokens), len(step.tokens) - 1)
-        pieces += [start, *map(chr, tokens[:drafts]), end, *map(chr, tokens[drafts:])]
-    return "".join(pieces)
+    green, end = ("\33[32m", "\33[0m") if sys.stdout.isatty() else ("", "")
+    drafted = [(token, i < len(step.tokens) - 1) for step in steps for i, token in enumerate(step.tokens)]
+    return "".join(f"{green}{chr(token)}{end}" if draft else chr(token) for token, draft in drafted[:count])
 
 
 def main() -> None:
@@ -397,7 +378,8 @@ def main() -> None:
             plain_time = min(plain_time, middle - start)
             tree_time = min(tree_time, time.perf_counter() - middle)
         sped_up = [token for step in steps for token in step.tokens][:count]
-        print(f"\n=== {name}: plain\n{bytes(plain).decode(errors='replace')}")
+        print(f"\n=== {name}: prompt\n{topic(name)[:PROMPT_BYTES]}")
+        print(f"\n=== {name}: plain\n{''.join(map(chr, plain))}")
         print(f"\n=== {name}: token tree\n{show(steps, count)}")
         accepted = sum(len(step.tokens) - 1 for step in steps) / max(1, len(steps) - 1)
         rows.append((name, accepted, count / plain_time, count / tree_time, plain == sped_up))

@@ -67,12 +67,12 @@ def unchecked(op: str) -> Iterator[None]:
     """Lets garbage in index tensors through to the kernel, as an unvalidated call on a GPU does."""
     declared = _registry.OPS[op]
     validate, declared.validate = declared.validate, None
-    declared._plans.clear()
+    declared.dispatcher.clear()
     try:
         yield
     finally:
         declared.validate = validate
-        declared._plans.clear()
+        declared.dispatcher.clear()
 
 
 def for_all(*, examples: int | None = None, **strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Any]:

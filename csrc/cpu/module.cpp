@@ -5,39 +5,16 @@
 
 namespace torch_kernels {
 
+void bind_dispatcher(nb::module_& module);
 void bind_tree_attention(nb::module_& module);
 void bind_tree_validation(nb::module_& module);
-
-// What an op's checks depend on: dtype, device, sizes and strides of every tensor, and every other argument. Two calls with equal signatures
-// are checked once.
-nb::bytes signature(nb::tuple arguments) {
-  std::string key;
-  auto append = [&](const auto&... values) { (key.append(reinterpret_cast<const char*>(&values), sizeof values), ...); };
-  for (nb::handle argument : arguments) {
-    PyObject* object = argument.ptr();
-    if (object == Py_None) {
-      append('n');
-    } else if (PyFloat_Check(object)) {
-      append('f', PyFloat_AS_DOUBLE(object));
-    } else if (PyLong_Check(object)) {
-      append('i', PyLong_AsLongLong(object));
-    } else if (PyUnicode_Check(object)) {
-      key += nb::str(argument).c_str();
-    } else {
-      Argument b = borrow(argument);
-      append('t', b.dtype, b.device_type, b.device_index, b.rank);
-      key.append(reinterpret_cast<const char*>(b.size), sizeof(int64_t) * b.rank);
-      key.append(reinterpret_cast<const char*>(b.stride), sizeof(int64_t) * b.rank);
-    }
-  }
-  return nb::bytes(key.data(), key.size());
-}
 
 }  // namespace torch_kernels
 
 NB_MODULE(_cpu, module) {
   using namespace torch_kernels;
-  module.def("signature", &signature);
+  nb::set_leak_warnings(false);  // ops and their plans live as long as the interpreter
+  bind_dispatcher(module);
   module.def("instruction_sets", [] {
     nb::list names;
     for (auto& set : cpu::instruction_sets())

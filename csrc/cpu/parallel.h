@@ -11,10 +11,11 @@
 namespace torch_kernels::cpu {
 
 // Runs body(i) for i in [0, n), each once; the first exception is rethrown. Work is handed out as threads become free, so a result must not
-// depend on which thread computed it.
+// depend on which thread computed it. `cost` is about how many operations one i takes: waking threads is not worth it for a few.
 template <class Body>
-void parallel_for(int64_t n, const Body& body) {
-  if (n <= 1 || omp_get_max_threads() == 1 || omp_in_parallel()) {
+void parallel_for(int64_t n, int64_t cost, const Body& body) {
+  constexpr int64_t kWorthThreads = 1 << 16;
+  if (n <= 1 || n * cost < kWorthThreads || omp_get_max_threads() == 1 || omp_in_parallel()) {
     for (int64_t i = 0; i < n; i++) body(i);
     return;
   }

@@ -7,27 +7,30 @@
 
 namespace torch_kernels {
 
-// A tile of rows of kRowBytes bytes, in 16-byte chunks. Chunks of a row are permuted so that the eight rows of an ldmatrix tile,
-// read at one column, and the eight chunks of a 128-byte line, written together, fall into different banks.
+// A tile of rows of kRowBytes bytes, in 16-byte chunks. Chunks of a row are permuted so that the eight rows of an
+// ldmatrix tile, read at one column, and the eight chunks of a 128-byte line, written together, fall into different
+// banks.
 template <int kRowBytes>
 DEVICE int swizzled(int row, int chunk) {
   static_assert(kRowBytes == 64 || kRowBytes % 128 == 0);
   return row * kRowBytes + ((chunk ^ (kRowBytes == 64 ? (row >> 1) & 3 : row & 7)) << 4);
 }
 
-// From swizzled(row, chunk) to swizzled(row + rows, chunk + chunks), for constants that share no bit with what they are added to and
-// rows a multiple of 8. Loops that walk along a row this way keep one offset in a register instead of one per step.
+// From swizzled(row, chunk) to swizzled(row + rows, chunk + chunks), for constants that share no bit with what they are
+// added to and rows a multiple of 8. Loops that walk along a row this way keep one offset in a register instead of one
+// per step.
 template <int kRowBytes>
 DEVICE int swizzled_step(int offset, int rows, int chunks) {
   constexpr int kPermuted = kRowBytes == 64 ? 3 : 7;
   return (offset ^ (chunks & kPermuted) << 4) + ((chunks & ~kPermuted) << 4) + rows * kRowBytes;
 }
 
-// The largest power of two up to 16 that divides all of an address and its strides, given or-ed together: the widest copy they allow.
+// The largest power of two up to 16 that divides all of an address and its strides, given or-ed together: the widest
+// copy they allow.
 HOST_DEVICE int copy_width(uint64_t bits) { return bits & 15 ? int(bits & 15 & (~bits + 1)) : 16; }
 
-// Copies the first `valid` bytes of a 16-byte chunk to shared memory and writes zeros behind them. Nothing is read when valid is 0.
-// cp.async where the alignment of global memory allows it: the caller commits, waits and synchronises.
+// Copies the first `valid` bytes of a 16-byte chunk to shared memory and writes zeros behind them. Nothing is read when
+// valid is 0. cp.async where the alignment of global memory allows it: the caller commits, waits and synchronises.
 DEVICE void copy_chunk(char* to, const char* from, int valid, int width) {
   if (width == 16) {
     ptx::cp_async_16(to, from, valid);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shared memory of a tensor core tree attention block, and what fills it: Q, the ring of K and V tiles, where the keys of the next
-// tiles are, and which rows see them.
+// The shared memory of a tensor core tree attention block, and what fills it: Q, the ring of K and V tiles, where the
+// keys of the next tiles are, and which rows see them.
 #pragma once
 #include "tree_attention/work.cuh"
 
@@ -18,11 +18,11 @@ struct TreeAttentionShape {
   // Byte offsets in shared memory.
   static constexpr int kRing = kRowTile * kHeadTile * 2;  // behind Q
   static constexpr int kRingBytes = kHeadTile == 256 && kRowTile == 64 ? 48 << 10 : 64 << 10;
-  static constexpr int kPlaces = kRing + kRingBytes;                    // int2 [2][kKeys]
-  static constexpr int kPresent = kPlaces + 2 * kKeys * 8;              // unsigned [kTables][kWords]
-  static constexpr int kAncestors = kPresent + kTables * kWords * 4;    // unsigned [2][kRowTile][kWords]
+  static constexpr int kPlaces = kRing + kRingBytes;                      // int2 [2][kKeys]
+  static constexpr int kPresent = kPlaces + 2 * kKeys * 8;                // unsigned [kTables][kWords]
+  static constexpr int kAncestors = kPresent + kTables * kWords * 4;      // unsigned [2][kRowTile][kWords]
   static constexpr int kDepths = kAncestors + 2 * kRowTile * kWords * 4;  // int [kRowTile]
-  static constexpr int kParents = kDepths + kRowTile * 4;               // int16 [T]
+  static constexpr int kParents = kDepths + kRowTile * 4;                 // int16 [T]
 
   template <class KV>
   static constexpr int kBufferBytes = kKeys * kHeadTile * int(sizeof(KV));
@@ -41,7 +41,7 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
   const TreeAttentionWork& work;
   const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 32 % kWarpsM, warp_n = thread / 32 / kWarpsM;
   const Shared<int2> places = shared_array<int2>(Shape::kPlaces, 2 * kKeys);
-  const Shared<unsigned> present = shared_array<unsigned>(Shape::kPresent, kTables * kWords);
+  const Shared<unsigned> present = shared_array<unsigned>(Shape::kPresent, kTables* kWords);
   const Shared<unsigned> ancestors = shared_array<unsigned>(Shape::kAncestors, 2 * kRowTile * kWords);
   const Shared<int> depths = shared_array<int>(Shape::kDepths, kRowTile);
   const Shared<int16_t> parents;
@@ -49,43 +49,49 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
 
   AncestorWalk walk;   // of row `thread`
   int64_t entry = -1;  // looked up ahead, for key `thread` of the next tile to place
-  int depth[2];        // of this thread's rows: lane / 4 and lane / 4 + 8 of its warp's 16; -1: padding, or no row at all
-  int deepest = 0;     // of all rows
+  int deepest = 0;  // of all rows
 
-  DEVICE explicit KeyTiles(const TreeAttentionWork& w) : work(w), parents(shared_array<int16_t>(Shape::kParents, w.p.q.size[1])) {}
+  DEVICE explicit KeyTiles(const TreeAttentionWork& w)
+      : work(w), parents(shared_array<int16_t>(Shape::kParents, w.p.q.size[1])) {}
 
   // Reads the tree and finds how deep each row's node is.
   DEVICE void start_rows() {
-    for (int i = thread; i < int(work.p.q.size[1]); i += kThreads) parents[i] = int16_t(checked_parent(work.p.parents, work.batch, i));
+    for (int i = thread; i < int(work.p.q.size[1]); i += kThreads)
+      parents[i] = int16_t(checked_parent(work.p.parents, work.batch, i));
     __syncthreads();
     if (thread < kRowTile) {
       int row = work.row0 + thread;
       depths[thread] = row < work.rows ? walk.start(parents, work.node(row), work.plan.window) : -1;
     }
     __syncthreads();
-    for (int half = 0; half < 2; half++) depth[half] = depths[warp_m * 16 + half * 8 + lane / 4];
     if (work.plan.window > 0)
       for (int i = 0; i < kRowTile; i++) deepest = max(deepest, int(depths[i]));
   }
 
-  // Q to shared memory. 8-bit K fragments hold columns 4t .. 4t+3 of 16 in lane t, where 16-bit ones hold 2t, 2t+1, 2t+8, 2t+9: for
-  // them Q's columns are permuted alike.
+  // Of this thread's rows, lane / 4 and lane / 4 + 8 of its warp's 16: -1 for padding, or no row at all.
+  DEVICE int depth(int half) const { return depths[warp_m * 16 + half * 8 + lane / 4]; }
+
+  // Q to shared memory. 8-bit K fragments hold columns 4t .. 4t+3 of 16 in lane t, where 16-bit ones hold 2t, 2t+1,
+  // 2t+8, 2t+9: for them Q's columns are permuted alike.
   template <class KV>
   DEVICE void load_q() {
     const Tensor& q = work.p.q;
-    int head_size = int(q.size[3]), width = copy_width(uint64_t(q.data) | uint64_t(q.stride[0] | q.stride[1] | q.stride[2]) * 2);
+    int head_size = int(q.size[3]),
+        width = copy_width(uint64_t(q.data) | uint64_t(q.stride[0] | q.stride[1] | q.stride[2]) * 2);
     constexpr int kChunks = kHeadTile / 8;
     for (int i = thread; i < kRowTile * kChunks; i += kThreads) {
       int row = work.row0 + i / kChunks, column = i % kChunks * 8;
       bool valid = row < work.rows && column < head_size;
       const char* from = reinterpret_cast<const char*>(
-          valid ? q.at<const uint16_t>(work.batch, work.node(row), work.query_head(row), column) : q.at<const uint16_t>());
+          valid ? q.at<const uint16_t>(work.batch, work.node(row), work.query_head(row), column)
+                : q.at<const uint16_t>());
       if constexpr (sizeof(KV) == 2) {
         copy_chunk(shared + swizzled<kHeadTile * 2>(i / kChunks, i % kChunks), from, valid ? 16 : 0, width);
       } else {
         // Pair u of 16 columns goes to pair u % 2 * 4 + u / 2; this chunk has pairs 0 .. 3 or 4 .. 7.
         for (int u = 0; u < 4; u++) {
-          char* to = shared + swizzled<kHeadTile * 2>(i / kChunks, (i % kChunks & ~1) + u % 2) + (i % kChunks % 2 * 2 + u / 2) * 4;
+          char* to = shared + swizzled<kHeadTile * 2>(i / kChunks, (i % kChunks & ~1) + u % 2) +
+                     (i % kChunks % 2 * 2 + u / 2) * 4;
           if (width >= 4)
             ptx::cp_async_4(to, valid ? from + u * 4 : from, valid ? 4 : 0);
           else
@@ -95,7 +101,8 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
     }
   }
 
-  // Tells where the keys of a tile are, so that it can be copied from the next barrier on; begins to look up the tile after it.
+  // Tells where the keys of a tile are, so that it can be copied from the next barrier on; begins to look up the tile
+  // after it.
   DEVICE void place_keys(int tile, int last) {
     if (thread < kKeys) {
       int2 place = tile < last ? work.place(tile, thread, entry) : make_int2(-1, 0);
@@ -115,7 +122,8 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
     const char* base = static_cast<const char*>(from.data);
     int width = copy_width(uint64_t(base) | uint64_t(from.stride[0] | from.stride[1] | from.stride[2]) * sizeof(KV));
     int64_t stride0 = from.stride[0] * int64_t(sizeof(KV)), stride1 = from.stride[1] * int64_t(sizeof(KV));
-    int chunk = thread % kChunks, row_bytes = int(from.size[3]) * int(sizeof(KV)), valid = min(row_bytes - chunk * 16, 16);
+    int chunk = thread % kChunks, row_bytes = int(from.size[3]) * int(sizeof(KV)),
+        valid = min(row_bytes - chunk * 16, 16);
     if (chunk * 16 >= (row_bytes + 31) / 32 * 32) return;  // not even zeros are read there
     base += work.head * from.stride[2] * int64_t(sizeof(KV)) + (valid > 0 ? chunk * 16 : 0);
     auto copy_row = [&](int row) {
@@ -124,7 +132,7 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
       const char* source = exists ? base + place.x * stride0 + place.y * stride1 : base;
       copy_chunk(buffer + swizzled<kRowBytes>(row, chunk), source, exists ? valid : 0, width);
     };
-#pragma unroll(kHeadTile == 256 ? 2 : 4)
+#pragma unroll(kHeadTile < 256 ? 4 : int(sizeof(KV)))  // registers are short at 256 columns
     for (int row = thread / kChunks; row < kKeys; row += kThreads / kChunks) copy_row(row);
   }
 
@@ -132,7 +140,8 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
   DEVICE void find_ancestors(int tile) {
     if (thread < kRowTile && work.is_tree(tile))
       for (int word = kWords - 1; word >= 0; word--)
-        ancestors[(tile % 2 * kRowTile + thread) * kWords + word] = walk.bits(parents, work.first_node(tile) + word * 32);
+        ancestors[(tile % 2 * kRowTile + thread) * kWords + word] =
+            walk.bits(parents, work.first_node(tile) + word * 32);
   }
 
   // The keys of a tile that this thread's row `half` sees.
@@ -144,7 +153,7 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
       if (work.is_tree(tile))
         seen = ancestors[(tile % 2 * kRowTile + warp_m * 16 + half * 8 + lane / 4) * kWords + word];
       else
-        seen = work.window_bits(work.first_slot(tile) + word * 32, depth[half]);
+        seen = work.window_bits(work.first_slot(tile) + word * 32, depth(half));
       bits[word] &= seen;
     }
   }

@@ -11,7 +11,8 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(128) merge_states_kernel(MergeStatesParams p) {
-  int64_t nodes = p.out.size[1], heads = p.out.size[2], row = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  int64_t nodes = p.out.size[1], heads = p.out.size[2],
+          row = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= p.out.size[0] * nodes * heads) return;
   int64_t head = row % heads, node = row / heads % nodes, batch = row / heads / nodes;
 

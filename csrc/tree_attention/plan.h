@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a tree attention call is cut into thread blocks: plain arithmetic, the same on the host and on the device.
 //
-// A block owns `row_tile` of the T * G rows that share a KV head, and one split of the keys. How many splits a sequence has follows
-// from its own prefix length and from the heads and T of the call, never from the batch, so its bits do not depend on its company.
-// A split's fp32 partial result costs memory traffic too: min_split_keys keeps it near an eighth of the keys' and values' traffic.
+// A block owns `row_tile` of the T * G rows that share a KV head, and one split of the keys. How many splits a sequence
+// has follows from its own prefix length and from the heads and T of the call, never from the batch, so its bits do not
+// depend on its company. A split's fp32 partial result costs memory traffic too: min_split_keys keeps it near an eighth
+// of the keys' and values' traffic.
 #pragma once
 #include <algorithm>
 
@@ -12,15 +13,15 @@
 namespace torch_kernels {
 
 struct TreeAttentionPlan {
-  int head_tile;        // D and Dv rounded up to 64, 128 or 256
-  int row_tile;         // rows of a block
-  int key_tile;         // keys a block handles at a time
-  int row_tiles;        // blocks that share one (sequence, KV head, split)
-  int min_split_keys;   // a split is at least this long
-  int max_splits;       // enough to fill a large GPU with one sequence
-  int grid_splits;      // splits of the longest prefix the cache can hold
-  int capacity;         // cache slots a sequence has
-  int page_size;        // slots per page; of a contiguous cache, all of them
+  int head_tile;       // D and Dv rounded up to 64, 128 or 256
+  int row_tile;        // rows of a block
+  int key_tile;        // keys a block handles at a time
+  int row_tiles;       // blocks that share one (sequence, KV head, split)
+  int min_split_keys;  // a split is at least this long
+  int max_splits;      // enough to fill a large GPU with one sequence
+  int grid_splits;     // splits of the longest prefix the cache can hold
+  int capacity;        // cache slots a sequence has
+  int page_size;       // slots per page; of a contiguous cache, all of them
   int64_t window;
 
   // The prefix tiles of a sequence: those from first_tile() on can be seen by some node.

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Walking a tree given by its parents in global memory. A chain has strictly decreasing node numbers, so every walk ends.
+// Walking a tree given by its parents in global memory. A chain has strictly decreasing node numbers, so every walk
+// ends.
 #pragma once
-#include "tree_attention/params.h"
-
 #include "cuda/launch.cuh"
+#include "tree_attention/params.h"
 
 namespace torch_kernels {
 

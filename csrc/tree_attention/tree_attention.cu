@@ -1,20 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention: picks the kernel for the dtypes, then joins the splits of those sequences that have several.
+#include "core/error.h"
 #include "tree_attention/kernels.h"
 #include "tree_attention/work.cuh"
 
 namespace torch_kernels {
 
 template <class T, class Cache>
-void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream);
-void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream);
+void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials,
+                           void* stream);
+void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials,
+                                   void* stream);
 
 namespace {
 
 // One warp per row of the output: the splits' states and accumulators in ascending order.
 template <class T>
-__global__ void __launch_bounds__(128) tree_attention_combine_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
-  int nodes = int(p.q.size[1]), query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]), value_size = int(p.v_cache.size[3]);
+__global__ void __launch_bounds__(128)
+    tree_attention_combine_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
+  int nodes = int(p.q.size[1]), query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]),
+      value_size = int(p.v_cache.size[3]);
   int lane = threadIdx.x % 32, group = query_heads / kv_heads, rows = nodes * group;
   int64_t item = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (item >= p.q.size[0] * kv_heads * rows) return;
@@ -51,9 +56,11 @@ __global__ void __launch_bounds__(128) tree_attention_combine_kernel(TreeAttenti
     T* to = p.out.at<T>(batch, node, head, column);
     if (l == 0) factor = 0;
     if constexpr (sizeof(T) == 4)
-      *reinterpret_cast<float4*>(to) = make_float4(factor * total.x, factor * total.y, factor * total.z, factor * total.w);
+      *reinterpret_cast<float4*>(to) =
+          make_float4(factor * total.x, factor * total.y, factor * total.z, factor * total.w);
     else
-      *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(factor * total.x, factor * total.y), pack<T>(factor * total.z, factor * total.w));
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(pack<T>(factor * total.x, factor * total.y), pack<T>(factor * total.z, factor * total.w));
   }
 }
 
@@ -82,8 +89,8 @@ void tree_attention(const TreeAttentionParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   if (p.out.elements() == 0) return;
   TreeAttentionPlan plan = make_plan(p);
-  int64_t rows = partial_rows(p, plan), value_size = p.v_cache.size[3];
-  float* out = static_cast<float*>(context.allocate(rows * (value_size + 2) * int64_t(sizeof(float))));
+  int64_t rows = int64_t(partial_rows(p, plan)), value_size = p.v_cache.size[3];
+  float* out = rows ? static_cast<float*>(context.allocate(rows * (value_size + 2) * int64_t(sizeof(float)))) : nullptr;
   Partials partials{out, reinterpret_cast<float2*>(out + rows * value_size)};
   if (p.q.dtype == DType::float16)
     run<__half>(p, plan, partials, context.stream);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention on tensor cores, for 16-bit queries: flash attention over one split of the keys.
 //
-// K and V tiles travel through one ring of shared memory buffers (K0, V0, K1, V1, ...), filled by cp.async as far ahead as the ring
-// is long. All rows of the block share each tile. Warps that share rows (kWarpsN of them, for few rows) take different keys of each tile
-// and keep a softmax state of their own; the states are joined at the end. 8-bit keys and values are decoded between shared memory
-// and the tensor cores; the mma's k order (for K) and n order (for V) follow from where ldmatrix puts their bytes.
+// K and V tiles travel through one ring of shared memory buffers (K0, V0, K1, V1, ...), filled by cp.async as far ahead
+// as the ring is long. All rows of the block share each tile. Warps that share rows (kWarpsN of them, for few rows)
+// take different keys of each tile and keep a softmax state of their own; the states are joined at the end. 8-bit keys
+// and values are decoded between shared memory and the tensor cores; the mma's k order (for K) and n order (for V)
+// follow from where ldmatrix puts their bytes.
 #pragma once
 #include "tree_attention/key_tiles.cuh"
 
@@ -14,8 +15,8 @@ template <class T, class Cache, int kHeadTile, int kRowTile>
 struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
   using Base = KeyTiles<kHeadTile, kRowTile>;
   using Base::kKeys, Base::kRing, Base::kThreads, Base::kWarpKeys, Base::kWarpsN, Base::kWords;
-  using Base::work, Base::thread, Base::lane, Base::warp_m, Base::warp_n, Base::shared, Base::depth, Base::entry;
   using Base::start_rows, Base::place_keys, Base::find_ancestors, Base::visible_bits, Base::needs_mask;
+  using Base::work, Base::thread, Base::lane, Base::warp_m, Base::warp_n, Base::shared, Base::depth, Base::entry;
 
   const bool has_rows;  // whether this warp has any
   float out[kHeadTile / 8][4] = {};
@@ -30,7 +31,7 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
     int head_size = int(work.p.q.size[3]);
     int q_offset = swizzled<kHeadTile * 2>(warp_m * 16 + lane % 16, lane / 16);
     int k_offset = swizzled<kRowBytes>(warp_n * kWarpKeys + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    auto load_q_fragment = [&](int step, unsigned(&a)[4]) {
+    auto load_q_fragment = [&](int step, unsigned (&a)[4]) {
       ptx::ldmatrix_x4(a, shared + swizzled_step<kHeadTile * 2>(q_offset, 0, step * 2));
     };
 #pragma unroll
@@ -105,8 +106,8 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
     }
   }
 
-  // The mma fragments of 32 bytes of V's columns and 16 keys: of 2 accumulator tiles, or of 4 for 8-bit values (columns 0, 2, 4, ... of
-  // 16, then 1, 3, 5, ...).
+  // The mma fragments of 32 bytes of V's columns and 16 keys: of 2 accumulator tiles, or of 4 for 8-bit values (columns
+  // 0, 2, 4, ... of 16, then 1, 3, 5, ...).
   template <class KV>
   static constexpr int kStepTiles = 4 / int(sizeof(KV));
   template <class KV>
@@ -150,8 +151,8 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
     return nonfinite;
   }
 
-  // Adds the NaN and infinite values of a masked tile to the rows that see them (weights of zero would spread them to all). The tensor
-  // core counts them per row and column: NaN in ones, inf in 128s, -inf in 16384s.
+  // Adds the NaN and infinite values of a masked tile to the rows that see them (weights of zero would spread them to
+  // all). The tensor core counts them per row and column: NaN in ones, inf in 128s, -inf in 16384s.
   template <class KV>
   DEVICE void add_nonfinite(int tile, const char* v) {
     unsigned seen[kWarpKeys / 16][4];
@@ -217,14 +218,11 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
     }
     find_ancestors(first);
 
-    int read_slot = 0;
-    auto next_buffer = [&] {
+    auto next_buffer = [&]() -> const char* {
       ptx::cp_async_wait<kBuffers - 2>();
       __syncthreads();
       issue();
-      const char* buffer = shared + kRing + read_slot * kBufferBytes;
-      read_slot = read_slot + 1 == kBuffers ? 0 : read_slot + 1;
-      return buffer;
+      return shared + kRing + ring_slot * kBufferBytes;  // the oldest: the next to be overwritten
     };
     for (int tile = first; tile < last; tile++) {
       const char* k = next_buffer();
@@ -271,7 +269,8 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
           }
         }
 #pragma unroll
-        for (int tile = 0; tile < 2; tile++) out[i + tile][half] = moved[tile][0], out[i + tile][half + 1] = moved[tile][1];
+        for (int tile = 0; tile < 2; tile++)
+          out[i + tile][half] = moved[tile][0], out[i + tile][half + 1] = moved[tile][1];
       }
   }
 
@@ -302,7 +301,7 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
     for (int half = 0; half < 2; half++) {
       int row = warp_m * 16 + half * 8 + lane / 4;
       sum[half] = quad_sum(sum[half]);
-      if (depth[half] < 0) sum[half] = 0;
+      if (depth(half) < 0) sum[half] = 0;
       if (lane % 4 == 0) states[warp_n * kRowTile + row] = make_float2(maximum[half] * kLn2, sum[half]);
     }
     __syncthreads();
@@ -323,10 +322,10 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
       }
       bool writer = lane % 4 == 0 && warp_n == 0 && global_row < work.rows;
       if (work.splits > 1) {
-        if (writer) partials.state[work.partial_row(global_row)] = make_float2(depth[half] < 0 ? NAN : m, l);
+        if (writer) partials.state[work.partial_row(global_row)] = make_float2(depth(half) < 0 ? NAN : m, l);
       } else if (global_row < work.rows) {
         int head = work.query_head(global_row);
-        float lse, sink = p.sinks && depth[half] >= 0 ? *p.sinks.at<const float>(head) : -INFINITY;
+        float lse, sink = p.sinks && depth(half) >= 0 ? *p.sinks.at<const float>(head) : -INFINITY;
         factor[half] *= finish_row(m, l, sink, lse);
         if (writer) *p.lse.at<float>(work.batch, head, work.node(global_row)) = lse;
       }
@@ -361,7 +360,8 @@ struct TreeAttentionBlock : KeyTiles<kHeadTile, kRowTile> {
 };
 
 template <class T, class Cache, int kHeadTile, int kRowTile>
-__global__ void __launch_bounds__(128, 2) tree_attention_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
+__global__ void __launch_bounds__(128, 2)
+    tree_attention_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
   TreeAttentionWork work(p, plan);
   if (work.split >= work.splits) return;
   TreeAttentionBlock<T, Cache, kHeadTile, kRowTile> block(work);
@@ -371,11 +371,13 @@ __global__ void __launch_bounds__(128, 2) tree_attention_kernel(TreeAttentionPar
 
 // The launch for one query dtype; the rest of the choice is made at run time.
 template <class T, class Cache>
-void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream) {
+void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials,
+                           void* stream) {
   auto start = [&]<int kHeadTile, int kRowTile>() {
     unsigned blocks = unsigned(p.q.size[0] * p.k_cache.size[2] * plan.grid_splits * plan.row_tiles);
     size_t shared = TreeAttentionShape<kHeadTile, kRowTile>::kParents + size_t(p.q.size[1]) * sizeof(int16_t);
-    launch(tree_attention_kernel<T, Cache, kHeadTile, kRowTile>, dim3(blocks), dim3(128), shared, stream, p, plan, partials);
+    launch(tree_attention_kernel<T, Cache, kHeadTile, kRowTile>, dim3(blocks), dim3(128), shared, stream, p, plan,
+           partials);
   };
   auto with_rows = [&]<int kHeadTile>() {
     if (plan.row_tile == 64) return start.template operator()<kHeadTile, 64>();

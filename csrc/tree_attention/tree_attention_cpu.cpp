@@ -75,13 +75,14 @@ class Forward {
     auto queries_of = [&](int64_t task) { return queries + task * queries_size; };
     auto state_of = [&](int64_t task, int split) { return states + (task * max_splits + split) * state_size; };
 
-    parallel_for(tasks, [&](int64_t task) { pack_queries(place(task), queries_of(task)); });
+    int64_t row_channels = int64_t(chunk_rows) * (p.q.size[3] + p.v_cache.size[3]);
+    parallel_for(tasks, row_channels, [&](int64_t task) { pack_queries(place(task), queries_of(task)); });
     // Heads vary fastest: threads that run together read neighbouring memory.
-    parallel_for(tasks * max_splits, [&](int64_t i) {
+    parallel_for(tasks * max_splits, row_channels * std::min<int64_t>(kSplitKeys, splits[0].total), [&](int64_t i) {
       int64_t outer = i / (max_splits * kv_heads), split = i / kv_heads % max_splits, task = outer * kv_heads + i % kv_heads;
       if (split < splits[place(task).b].count) attend(place(task), int(split), queries_of(task), state_of(task, int(split)));
     });
-    parallel_for(tasks, [&](int64_t task) { finish(place(task), [&](int split) { return state_of(task, split); }); });
+    parallel_for(tasks, row_channels * max_splits, [&](int64_t task) { finish(place(task), [&](int split) { return state_of(task, split); }); });
   }
 
  private:

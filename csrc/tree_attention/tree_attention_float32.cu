@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tree attention for float32 queries: IEEE multiply-adds, no TF32. Simple rather than fast: a block of 16 rows, 8 threads a row, and tiles
-// of 32 keys that are decoded into shared memory as float32.
+// Tree attention for float32 queries: IEEE multiply-adds, no TF32. Simple rather than fast: a block of 16 rows, 8
+// threads a row, and tiles of 32 keys that are decoded into shared memory as float32.
 #include "tree_attention/work.cuh"
 
 namespace torch_kernels {
@@ -15,7 +15,8 @@ DEVICE float stored_value(const void* data, DType dtype, int64_t i) {
 }
 
 // Decodes a tile of K or V to shared memory rows of `stride` floats; keys that do not exist become zeros.
-DEVICE void copy_tile(const Tensor& from, int head, float scale, const Shared<int2>& places, const Shared<float>& to, int stride) {
+DEVICE void copy_tile(const Tensor& from, int head, float scale, const Shared<int2>& places, const Shared<float>& to,
+                      int stride) {
   int columns = int(from.size[3]);
   for (int i = threadIdx.x; i < kKeys * columns; i += kThreads) {
     int key = i / columns, column = i % columns;
@@ -25,14 +26,16 @@ DEVICE void copy_tile(const Tensor& from, int head, float scale, const Shared<in
   }
 }
 
-__global__ void __launch_bounds__(kThreads) tree_attention_float32_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
+__global__ void __launch_bounds__(kThreads)
+    tree_attention_float32_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
   TreeAttentionWork work(p, plan);
   if (work.split >= work.splits) return;
   const int thread = threadIdx.x, row = thread / kRowThreads, column = thread % kRowThreads * 4;
   const int head_size = int(p.q.size[3]), value_size = int(p.v_cache.size[3]), nodes = int(p.q.size[1]);
   const int stride = plan.head_tile + 4;  // floats; keys next to each other start in different banks
 
-  const Shared<float> q = shared_array<float>(0, kRows * stride), k = shared_array<float>(kRows * stride * 4, kKeys * stride);
+  const Shared<float> q = shared_array<float>(0, kRows * stride),
+                      k = shared_array<float>(kRows * stride * 4, kKeys * stride);
   const Shared<float> v = shared_array<float>((kRows + kKeys) * stride * 4, kKeys * stride);
   const int base = (kRows + 2 * kKeys) * stride * 4;
   const Shared<float> weights = shared_array<float>(base, kRows * kKeys);
@@ -91,7 +94,8 @@ __global__ void __launch_bounds__(kThreads) tree_attention_float32_kernel(TreeAt
       scores[i] = bits >> (thread % kRowThreads + i * kRowThreads) & 1 ? x : -INFINITY;
       highest = fmaxf(highest, scores[i]);
     }
-    for (int lane = 1; lane < kRowThreads; lane *= 2) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, lane));
+    for (int lane = 1; lane < kRowThreads; lane *= 2)
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, lane));
     float shift = shift_of(highest), decay = expf(maximum - shift), total = 0;
 #pragma unroll
     for (int i = 0; i < kKeys / kRowThreads; i++) {
@@ -145,7 +149,8 @@ __global__ void __launch_bounds__(kThreads) tree_attention_float32_kernel(TreeAt
 
 }  // namespace
 
-void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials, void* stream) {
+void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAttentionPlan& plan, Partials partials,
+                                   void* stream) {
   unsigned blocks = unsigned(p.q.size[0] * p.k_cache.size[2] * plan.grid_splits * plan.row_tiles);
   size_t shared = size_t(kRows + 2 * kKeys) * (plan.head_tile + 4) * 4 + kRows * kKeys * 4 + kKeys * 8 + kRows * 4 +
                   size_t(p.q.size[1]) * sizeof(int16_t);

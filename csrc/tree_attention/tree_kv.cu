@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// After verification: the accepted path's keys and values go to the slots right behind the prefix, from a side buffer (commit) or from
-// elsewhere in the cache (compact). Slots, pages and nodes that do not exist are skipped.
+// After verification: the accepted path's keys and values go to the slots right behind the prefix, from a side buffer
+// (commit) or from elsewhere in the cache (compact). Slots, pages and nodes that do not exist are skipped.
 #include <math.h>
 
 #include <type_traits>
@@ -45,12 +45,14 @@ DEVICE Cache to_cache(T x, float scale) {
 }
 
 template <class Cache, class T>
-DEVICE void commit_row(const Tensor& cache, const Tensor& tree, const Tensor& scale, int64_t batch, int64_t node, int64_t offset) {
+DEVICE void commit_row(const Tensor& cache, const Tensor& tree, const Tensor& scale, int64_t batch, int64_t node,
+                       int64_t offset) {
   int size = int(cache.size[3]), count = int(cache.size[2]) * size;
   for (int i = threadIdx.x; i < count; i += kThreads) {
     int head = i / size, column = i % size;
     float s = scale ? *scale.at<const float>(scale.size[0] == 1 ? 0 : head) : 1.f;
-    *(cache.at<Cache>() + offset + head * cache.stride[2] + column) = to_cache<Cache>(*tree.at<const T>(batch, node, head, column), s);
+    *(cache.at<Cache>() + offset + head * cache.stride[2] + column) =
+        to_cache<Cache>(*tree.at<const T>(batch, node, head, column), s);
   }
 }
 
@@ -61,17 +63,19 @@ __global__ void __launch_bounds__(kThreads) tree_commit_kernel(TreeCommitParams 
   if (place > p.num_accepted.index(batch) || p.path.index(batch, 0) < 0) return;
   int64_t node = p.path.index(batch, place), slot = p.prefix_lens.index(batch) + place;
   if (node < 0 || node >= p.k_tree.size[1]) return;
-  int64_t to_k = slot_offset(p.k_cache, p.block_table, batch, slot), to_v = slot_offset(p.v_cache, p.block_table, batch, slot);
+  int64_t to_k = slot_offset(p.k_cache, p.block_table, batch, slot),
+          to_v = slot_offset(p.v_cache, p.block_table, batch, slot);
   if (to_k >= 0) commit_row<Cache, T>(p.k_cache, p.k_tree, p.k_scale, batch, node, to_k);
   if (to_v >= 0) commit_row<Cache, T>(p.v_cache, p.v_tree, p.v_scale, batch, node, to_v);
 }
 
-// Each thread owns one column of one head, of K or of V, and moves it place by place. A path ascends and path[j] >= j, so a place is
-// only ever read before it is written, as long as each group of places is read before it is written.
+// Each thread owns one column of one head, of K or of V, and moves it place by place. A path ascends and path[j] >= j,
+// so a place is only ever read before it is written, as long as each group of places is read before it is written.
 template <class Element>
 __global__ void __launch_bounds__(kThreads) tree_compact_kernel(TreeCompactParams p) {
   constexpr int kGroup = 8;
-  int heads = int(p.k_cache.size[2]), k_columns = heads * int(p.k_cache.size[3]), v_columns = heads * int(p.v_cache.size[3]);
+  int heads = int(p.k_cache.size[2]), k_columns = heads * int(p.k_cache.size[3]),
+      v_columns = heads * int(p.v_cache.size[3]);
   int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x, batch = item / (k_columns + v_columns);
   if (batch >= p.path.size[0] || p.path.index(batch, 0) < 0) return;
   int column = int(item % (k_columns + v_columns));
@@ -129,8 +133,11 @@ void tree_compact_kv(const TreeCompactParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   if (p.path.size[1] == 0) return;
   int64_t columns = p.path.size[0] * p.k_cache.size[2] * (p.k_cache.size[3] + p.v_cache.size[3]);
-  auto start = [&](auto kernel) { launch(kernel, dim3(unsigned((columns + kThreads - 1) / kThreads)), dim3(kThreads), 0, context.stream, p); };
-  bool wide = p.k_cache.dtype == DType::float32, narrow = p.k_cache.dtype == DType::int8 || p.k_cache.dtype == DType::float8_e4m3;
+  auto start = [&](auto kernel) {
+    launch(kernel, dim3(unsigned((columns + kThreads - 1) / kThreads)), dim3(kThreads), 0, context.stream, p);
+  };
+  bool wide = p.k_cache.dtype == DType::float32,
+       narrow = p.k_cache.dtype == DType::int8 || p.k_cache.dtype == DType::float8_e4m3;
   if (wide)
     start(tree_compact_kernel<uint32_t>);
   else if (narrow)

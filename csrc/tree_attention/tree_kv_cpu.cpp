@@ -92,7 +92,7 @@ void compact(const Tensor& cache, const TreeCompactParams& p, int64_t b, int64_t
 
 void tree_commit_kv(const TreeCommitParams& p) {
   int64_t heads = p.k_cache.size[2];
-  parallel_for(p.path.size[0], [&](int64_t b) {
+  parallel_for(p.path.size[0], heads * p.k_cache.size[3] * p.path.size[1], [&](int64_t b) {
     std::vector<int64_t> nodes = accepted_nodes(p.path, p.num_accepted, b);
     for (int64_t head = 0; head < heads; head++) {
       commit(p.k_cache, p.k_tree, p.k_scale, p, b, head, nodes);
@@ -103,7 +103,7 @@ void tree_commit_kv(const TreeCommitParams& p) {
 
 void tree_compact_kv(const TreeCompactParams& p) {
   int64_t heads = p.k_cache.size[2];
-  parallel_for(p.path.size[0], [&](int64_t b) {
+  parallel_for(p.path.size[0], heads * p.k_cache.size[3] * p.path.size[1], [&](int64_t b) {
     std::vector<int64_t> nodes = accepted_nodes(p.path, p.num_accepted, b);
     for (int64_t head = 0; head < heads; head++) {
       compact(p.k_cache, p, b, head, nodes);

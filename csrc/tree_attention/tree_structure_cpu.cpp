@@ -8,7 +8,8 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
 void tree_mask(const TreeMaskParams& p) {
-  parallel_for(p.parents.size[0], [&](int64_t b) {
+  int64_t size = p.parents.size[1];
+  parallel_for(p.parents.size[0], size * size, [&](int64_t b) {
     Tree tree(p.parents, b);
     int nodes = tree.nodes();
     bool* mask = p.mask.at<bool>(b);
@@ -19,7 +20,7 @@ void tree_mask(const TreeMaskParams& p) {
 }
 
 void tree_positions(const TreePositionsParams& p) {
-  parallel_for(p.parents.size[0], [&](int64_t b) {
+  parallel_for(p.parents.size[0], p.parents.size[1], [&](int64_t b) {
     Tree tree(p.parents, b);
     int32_t prefix = int32_t(p.prefix_lens.index(b));
     for (int t = 0; t < tree.nodes(); t++) *p.positions.at<int32_t>(b, t) = tree.depth[t] < 0 ? 0 : prefix + tree.depth[t];

@@ -18,12 +18,13 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_greedy_kernel(TreeVerif
 
 DEVICE double highest_logit(const Tensor& logits, int64_t batch, int64_t node) {
   double highest = -INFINITY;
-  for (int64_t x = threadIdx.x; x < logits.size[2]; x += kVerifyThreads) highest = fmax(highest, load_real(logits, batch, node, x));
+  for (int64_t x = threadIdx.x; x < logits.size[2]; x += kVerifyThreads)
+    highest = fmax(highest, load_real(logits, batch, node, x));
   return block_max(highest);
 }
 
-// The softmax of a node's logits over the temperature: p(x) = exp((logit - highest) / temperature) / total. Exponentials in float32,
-// their sum in float64. Any NaN or +inf makes total NaN.
+// The softmax of a node's logits over the temperature: p(x) = exp((logit - highest) / temperature) / total.
+// Exponentials in float32, their sum in float64. Any NaN or +inf makes total NaN.
 struct Softmax {
   const TreeVerifyTypicalParams& p;
   int64_t batch, node, vocabulary;
@@ -37,12 +38,14 @@ struct Softmax {
     for (int64_t x = threadIdx.x; x < vocabulary; x += kVerifyThreads) total += weight(x);
     total = block_sum(total);
   }
-  DEVICE double exponent(int64_t token) const { return (load_real(p.target_logits, batch, node, token) - highest) * inverse_temperature; }
+  DEVICE double exponent(int64_t token) const {
+    return (load_real(p.target_logits, batch, node, token) - highest) * inverse_temperature;
+  }
   DEVICE float weight(int64_t token) const { return expf(float(exponent(token))); }
 };
 
-// One block per node: for each of its children, whether p(token) > min(epsilon, delta exp(-H)), H = -sum p ln(p + 1e-5). The answers lie
-// in `path` until the second kernel overwrites it.
+// One block per node: for each of its children, whether p(token) > min(epsilon, delta exp(-H)), H = -sum p ln(p +
+// 1e-5). The answers lie in `path` until the second kernel overwrites it.
 __global__ void __launch_bounds__(kVerifyThreads) verify_typical_edges_kernel(TreeVerifyTypicalParams p) {
   int nodes = int(p.parents.size[1]), node = int(blockIdx.x % nodes);
   int64_t batch = blockIdx.x / nodes;
@@ -51,9 +54,9 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_typical_edges_kernel(Tr
   if (!__syncthreads_or(is_parent)) return;
 
   Softmax softmax(p, batch, node);
-  double entropy = 0;
+  double entropy = 0, inverse_total = 1 / softmax.total;
   for (int64_t x = threadIdx.x; x < softmax.vocabulary; x += kVerifyThreads) {
-    float q = float(softmax.weight(x) / softmax.total);
+    float q = float(softmax.weight(x) * inverse_total);
     entropy -= double(q * logf(q + 1e-5f));
   }
   entropy = block_sum(entropy);
@@ -72,7 +75,8 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_typical_kernel(TreeVeri
   if (last >= 0 && p.uniforms) {
     Softmax softmax(p, batch, last);
     double uniform = *p.uniforms.at<const float>(batch, p.parents.size[1]);
-    if (softmax.total > 0) next = inverse_cdf(vocabulary, uniform, [&](int64_t x) { return double(softmax.weight(x)); });
+    if (softmax.total > 0)
+      next = inverse_cdf(vocabulary, uniform, [&](int64_t x) { return double(softmax.weight(x)); });
   } else if (last >= 0) {
     double highest = highest_logit(p.target_logits, batch, last);
     int64_t first = vocabulary;  // of those equal to the highest; NaN counts as -inf
@@ -97,7 +101,8 @@ void tree_verify_greedy(const TreeVerifyGreedyParams& p, const Context& context)
 
 void tree_verify_typical(const TreeVerifyTypicalParams& p, const Context& context) {
   DeviceGuard guard(context.device);
-  launch(verify_typical_edges_kernel, dim3(unsigned(p.parents.elements())), dim3(kVerifyThreads), kVerifyShared, context.stream, p);
+  launch(verify_typical_edges_kernel, dim3(unsigned(p.parents.elements())), dim3(kVerifyThreads), kVerifyShared, context.stream,
+         p);
   launch(verify_typical_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, context.stream, p);
 }
 

@@ -101,7 +101,7 @@ int64_t inverse_cdf(const Distribution& p, double u) {
 }  // namespace
 
 void tree_verify_greedy(const TreeVerifyGreedyParams& p) {
-  parallel_for(p.parents.size[0], [&](int64_t b) {
+  parallel_for(p.parents.size[0], p.parents.size[1], [&](int64_t b) {
     Tree tree(p.parents, b);
     int last = deepest_accepted(tree, [&](int node, int parent) {
       int64_t token = p.draft_tokens.index(b, node);
@@ -128,7 +128,7 @@ void tree_verify_typical(const TreeVerifyTypicalParams& p) {
   std::vector<Tree> trees;
   for (int64_t b = 0; b < p.parents.size[0]; b++) trees.emplace_back(p.parents, b);
   std::vector<char> matches(p.parents.size[0] * nodes, false);
-  parallel_for(p.parents.size[0] * nodes, [&](int64_t i) {
+  parallel_for(p.parents.size[0] * nodes, 16 * vocabulary, [&](int64_t i) {
     int64_t b = i / nodes;
     int parent = int(i % nodes);
     const Tree& tree = trees[b];
@@ -146,7 +146,7 @@ void tree_verify_typical(const TreeVerifyTypicalParams& p) {
       if (is_child(t) && token >= 0 && token < vocabulary) matches[b * nodes + t] = probs[token] > threshold;
     }
   });
-  parallel_for(p.parents.size[0], [&](int64_t b) {
+  parallel_for(p.parents.size[0], 16 * vocabulary, [&](int64_t b) {
     int last = deepest_accepted(trees[b], [&](int node, int) { return bool(matches[b * nodes + node]); });
     int64_t next = -1;
     if (last >= 0 && p.uniforms) {
@@ -168,7 +168,7 @@ void tree_verify_typical(const TreeVerifyTypicalParams& p) {
 
 void tree_verify_sampling(const TreeVerifySamplingParams& p) {
   int64_t vocabulary = p.target_probs.size[2];
-  parallel_for(p.parents.size[0], [&](int64_t b) {
+  parallel_for(p.parents.size[0], p.parents.size[1] * vocabulary, [&](int64_t b) {
     Tree tree(p.parents, b);
     int last = tree.has_root() ? 0 : -1;
     Distribution r, q, remainder;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lossless verification by sampling, one block per sequence: a walk from the root that tries the children of the current node in ascending
-// order. r is the target's distribution after the node, q the draft's. A child with token x and uniform u is accepted if u < r(x), or with
-// draft_probs if u q(x) < r(x). A rejection removes x from r, or q from r; r is renormalised. When no child is left, the next token is
-// drawn from r by the inverse CDF.
+// Lossless verification by sampling, one block per sequence: a walk from the root that tries the children of the
+// current node in ascending order. r is the target's distribution after the node, q the draft's. A child with token x
+// and uniform u is accepted if u < r(x), or with draft_probs if u q(x) < r(x). A rejection removes x from r, or q from
+// r; r is renormalised. When no child is left, the next token is drawn from r by the inverse CDF.
 //
-// r and q are never stored: each element is recomputed from the inputs by replaying the node's rejections, a few at most.
+// r and q are never stored: each element is recomputed from the inputs by replaying the node's rejections, a few at
+// most.
 #include "tree_attention/kernels.h"
 #include "tree_attention/verify.cuh"
 

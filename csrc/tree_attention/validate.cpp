@@ -33,9 +33,12 @@ void validate_parents(const char* op, const Argument& parents) {
     }
 }
 
-void validate_prefix(const char* op, const Argument& cache, const Argument& block_table, const Argument& prefix, int64_t tree_slots) {
+void validate_tree(const char* op, const Argument& parents, const Argument& cache, const Argument& block_table, const Argument& prefix,
+                   bool tree_in_cache) {
+  validate_parents(op, parents);
   Slots slots{op, cache, block_table};
-  for (int64_t b = 0; b < prefix.size[0]; b++) slots.require_prefix(b, prefix.index(b), prefix.index(b) + tree_slots);
+  int64_t nodes = tree_in_cache ? parents.size[1] : 0;
+  for (int64_t b = 0; b < prefix.size[0]; b++) slots.require_prefix(b, prefix.index(b), prefix.index(b) + nodes);
 }
 
 // The path and the slots that moving it along reads and writes. `in_place`: the nodes are read from the cache.
@@ -60,7 +63,7 @@ void validate_path(const char* op, const Argument& cache, const Argument& block_
 
 void bind_tree_validation(nb::module_& module) {
   module.def("validate_parents", &validate_parents);
-  module.def("validate_prefix", &validate_prefix);
+  module.def("validate_tree", &validate_tree);
   module.def("validate_path", &validate_path);
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the verification kernels share: block-wide reductions in a fixed order, the inverse CDF, the deepest accepted node, the outputs.
-// One block of kVerifyThreads threads per sequence; every function here is called by all of its threads.
+// What the verification kernels share: block-wide reductions in a fixed order, the inverse CDF, the deepest accepted
+// node, the outputs. One block of kVerifyThreads threads per sequence; every function here is called by all of its
+// threads.
 #pragma once
 #include <math.h>
 
@@ -10,7 +11,8 @@ namespace torch_kernels {
 
 constexpr int kVerifyThreads = 512;
 
-// Combines one value per thread; every thread gets the result. Lanes first, then warps in order, so the order never changes.
+// Combines one value per thread; every thread gets the result. Lanes first, then warps in order, so the order never
+// changes.
 template <class T, class Combine>
 DEVICE T block_reduce(T x, Combine combine) {
   const Shared<T> warps = shared_array<T>(0, kVerifyThreads / 32);
@@ -41,8 +43,8 @@ DEVICE double load_real(const Tensor& tensor, int64_t batch, int64_t node, int64
   return *tensor.at<const double>(batch, node, token);
 }
 
-// The smallest token x with mass(0) + .. + mass(x) > uniform * total and mass(x) > 0; if rounding leaves none, the largest with mass;
-// -1 if there is no mass at all. Each thread sums one contiguous stretch of the vocabulary.
+// The smallest token x with mass(0) + .. + mass(x) > uniform * total and mass(x) > 0; if rounding leaves none, the
+// largest with mass; -1 if there is no mass at all. Each thread sums one contiguous stretch of the vocabulary.
 template <class Mass>
 DEVICE int64_t inverse_cdf(int64_t vocabulary, double uniform, Mass mass) {
   const int thread = threadIdx.x, lane = thread % 32;
@@ -91,7 +93,8 @@ DEVICE int64_t inverse_cdf(int64_t vocabulary, double uniform, Mass mass) {
   return block_max(token);
 }
 
-// The last node of the longest path from node 0 along nodes that match (node, parent); the lowest index among equals; -1 without a root.
+// The last node of the longest path from node 0 along nodes that match (node, parent); the lowest index among equals;
+// -1 without a root.
 template <class Match>
 DEVICE int deepest_node(const Tensor& parents, int64_t batch, Match match) {
   int nodes = int(parents.size[1]);
@@ -116,8 +119,8 @@ DEVICE void set_index(const Tensor& tensor, int64_t i0, int64_t i1, int64_t valu
     *tensor.at<int32_t>(i0, i1) = int32_t(value);
 }
 
-DEVICE void emit(const TreeVerifyOutputs& outputs, const Tensor& draft_tokens, const Tensor& parents, int64_t batch, int last,
-                 int64_t next_token) {
+DEVICE void emit(const TreeVerifyOutputs& outputs, const Tensor& draft_tokens, const Tensor& parents, int64_t batch,
+                 int last, int64_t next_token) {
   for (int i = threadIdx.x; i < int(parents.size[1]); i += kVerifyThreads) {
     set_index(outputs.path, batch, i, -1);
     set_index(outputs.tokens, batch, i, -1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one block of a tree attention kernel works on: which rows, which key tiles in which order, where each key is stored, which
-// rows see it, and where the result goes. Shared by the tensor core kernel and the fp32 kernel.
+// What one block of a tree attention kernel works on: which rows, which key tiles in which order, where each key is
+// stored, which rows see it, and where the result goes. Shared by the tensor core kernel and the fp32 kernel.
 #pragma once
 #include <math.h>
 
@@ -11,8 +11,8 @@
 
 namespace torch_kernels {
 
-// Partial results of splits: O [B, Hk, splits, T * G, Dv] unnormalised, then (maximum, sum) [B, Hk, splits, T * G], natural exponents;
-// the maximum of a padding row is NaN, which no other row's is.
+// Partial results of splits: O [B, Hk, splits, T * G, Dv] unnormalised, then (maximum, sum) [B, Hk, splits, T * G],
+// natural exponents; the maximum of a padding row is NaN, which no other row's is.
 struct Partials {
   float* out;
   float2* state;
@@ -22,17 +22,19 @@ inline size_t partial_rows(const TreeAttentionParams& p, const TreeAttentionPlan
   return plan.grid_splits == 1 ? 0 : size_t(p.q.size[0] * p.q.size[1] * p.q.size[2]) * plan.grid_splits;
 }
 
-// Row r of a KV head is query head r % G of node r / G. Tiles are counted from 0: the split's prefix tiles in ascending order, then,
-// in the last split, the tree's tiles in descending order, so that each row walks up its chain of ancestors once.
+// Row r of a KV head is query head r % G of node r / G. Tiles are counted from 0: the split's prefix tiles in ascending
+// order, then, in the last split, the tree's tiles in descending order, so that each row walks up its chain of
+// ancestors once.
 struct TreeAttentionWork {
   const TreeAttentionParams& p;
   const TreeAttentionPlan& plan;
   int batch, head, split, splits;
-  int group, row0, rows;           // rows: of the whole KV head; this block's are row0 .. row0 + row_tile - 1
-  int prefix, first_prefix_tile;   // in the cache
+  int group, row0, rows;          // rows: of the whole KV head; this block's are row0 .. row0 + row_tile - 1
+  int prefix, first_prefix_tile;  // in the cache
   int prefix_tiles, tiles;
 
-  DEVICE TreeAttentionWork(const TreeAttentionParams& params, const TreeAttentionPlan& the_plan) : p(params), plan(the_plan) {
+  DEVICE TreeAttentionWork(const TreeAttentionParams& params, const TreeAttentionPlan& the_plan)
+      : p(params), plan(the_plan) {
     unsigned block = blockIdx.x;
     int kv_heads = int(p.k_cache.size[2]);
     row0 = int(block % plan.row_tiles) * plan.row_tile, block /= plan.row_tiles;
@@ -57,7 +59,8 @@ struct TreeAttentionWork {
   }
   DEVICE bool in_cache(int tile) const { return !is_tree(tile) || !p.k_tree; }
 
-  // Looking up a key takes a block table entry from global memory, so it comes in two steps with time to pass between them.
+  // Looking up a key takes a block table entry from global memory, so it comes in two steps with time to pass between
+  // them.
   DEVICE int64_t table_entry(int tile, int key) const {
     if (!p.block_table || tile >= tiles || !in_cache(tile)) return batch;
     int page = (first_slot(tile) + key) / plan.page_size;
@@ -82,7 +85,9 @@ struct TreeAttentionWork {
     return hidden <= 0 ? 0xffffffffu : hidden < 32 ? 0xffffffffu << hidden : 0;
   }
   // Whether every row sees all of a prefix tile's slots.
-  DEVICE bool window_covers(int tile, int deepest) const { return plan.window <= 0 || first_slot(tile) >= int64_t(prefix) + deepest - plan.window + 1; }
+  DEVICE bool window_covers(int tile, int deepest) const {
+    return plan.window <= 0 || first_slot(tile) >= int64_t(prefix) + deepest - plan.window + 1;
+  }
 
   DEVICE int node(int row) const { return row / group; }
   DEVICE int query_head(int row) const { return head * group + row % group; }
@@ -93,8 +98,8 @@ struct TreeAttentionWork {
 
 // One row's way from its node up to the root. Ancestors come in descending order, as the tree's tiles do.
 struct AncestorWalk {
-  int next = -1;        // the node to visit
-  int remaining = 0;    // how many more nodes are within the window
+  int next = -1;      // the node to visit
+  int remaining = 0;  // how many more nodes are within the window
 
   // Starts at `node` and returns its depth, or -1 for a padding node, which sees nothing.
   DEVICE int start(const Shared<int16_t>& parents, int node, int64_t window) {
@@ -120,8 +125,8 @@ struct AncestorWalk {
   }
 };
 
-// A softmax state is a maximum m and a sum l of exp(score - m); l == 0 means that nothing was seen. Shifting by the maximum must not
-// make NaN of an empty state, nor hide NaN scores, which leave m at -inf.
+// A softmax state is a maximum m and a sum l of exp(score - m); l == 0 means that nothing was seen. Shifting by the
+// maximum must not make NaN of an empty state, nor hide NaN scores, which leave m at -inf.
 DEVICE float shift_of(float m) { return m == -INFINITY ? 0.f : m; }
 
 // Joins the sink, if any, to a finished row, natural exponents: returns the factor for its accumulator and sets lse.

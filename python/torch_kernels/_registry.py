@@ -3,8 +3,8 @@
 
 An :class:`Op` is declared once, in its family's ``op.py``: schema, checks, outputs, and the backends that serve it in
 order of preference. From that this module registers the op with torch for every device, its fake, and decides which
-backend runs a call. The checks of a call run once per signature (dtypes, devices, sizes, strides, scalars): their
-outcome is remembered.
+backend runs a call. Checks run once per call signature (dtypes, devices, sizes, strides, scalars): the native
+``Dispatcher`` remembers their outcome.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class _State:
 def set_validation(enabled: bool) -> None:
     """Whether values inside index tensors are checked on CUDA too (this synchronises). On the CPU they always are."""
     _State.validate = enabled
+    _forget_plans()
 
 
 @contextlib.contextmanager
@@ -50,10 +51,17 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"use_backend: unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     before, _State.forced = _State.forced, name
+    _forget_plans()
     try:
         yield
     finally:
         _State.forced = before
+        _forget_plans()
+
+
+def _forget_plans() -> None:
+    for op in OPS.values():
+        op.dispatcher.clear()
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Backend:
     name: str
     load: Callable[[], Callable[..., Any]]
     dtypes: tuple[torch.dtype, ...]
+    unit_stride: bool = False  # whether tensors must have last stride 1; others are copied
     note: str = ""  # for the support matrix
 
 
@@ -116,8 +125,8 @@ class Op:
     """An op of the library.
 
     ``check(*args)`` raises ValueError or TypeError; ``allocate(*args)`` makes the outputs (a tuple); ``validate(*args)``
-    raises if values inside index tensors are impossible. All three get every argument of the schema in order. The last
-    must work on any device; it is called on the CPU always, on CUDA under :func:`set_validation`.
+    raises if values inside index tensors are impossible. All three get every argument of the schema in order;
+    ``validate`` is called for CPU tensors always, for CUDA under :func:`set_validation`, with index tensors on the CPU.
     """
 
     schema: str
@@ -132,10 +141,13 @@ class Op:
         _library.define(self.schema)
         arguments = torch._C.parse_schema(f"kernels::{self.schema}").arguments
         self._names = [a.name for a in arguments]
+        self._written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
         self._defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
-        self._plans: dict[tuple[bytes, str | None], Callable[..., Any]] = {}
+        self.dispatcher = _native.cpu.Dispatcher(self._defaults, self._prepare)
         for key in ("CPU", "CUDA"):
-            _library.impl(self.name, self._run, key)
+            _library.impl(self.name, self.dispatcher.call, key)
+        # Nothing happens at the autograd level: inputs that want gradients are refused.
+        _library.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"kernels::{self.name}", self._fake, lib=_library)
         self._overload = getattr(torch.ops.kernels, self.name).default
         OPS[self.name] = self
@@ -143,51 +155,46 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._overload(*args, **kwargs)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments in schema order: torch leaves out keyword arguments that equal their default."""
-        return (*args, *(self._defaults | kwargs).values())
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        args = self._bind(args, kwargs)
-        if torch.is_grad_enabled():
-            self._refuse_gradients(args)
-        key = (_native.cpu.signature(args), _State.forced)
-        plan = self._plans.get(key) or self._plan(key, args)
-        return plan(args)
-
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
-        args = self._bind(args, kwargs)
-        if torch.is_grad_enabled():
-            self._refuse_gradients(args)
+        args = (*args, *(self._defaults | kwargs).values())
+        self._refuse_gradients(args)
         self.check(*args)
-        return _result(self.allocate(*args))
+        outputs = self.allocate(*args)
+        return outputs[0] if len(outputs) == 1 else outputs or None
 
     def _refuse_gradients(self, args: tuple[Any, ...]) -> None:
+        if not torch.is_grad_enabled():
+            return
         for name, value in zip(self._names, args):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(f"{self.name}: {name} requires grad, but this op has no gradient; use torch.no_grad()")
 
-    def _plan(self, key: tuple[bytes, str | None], args: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], Any]:
+    def _prepare(self, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., None] | None, Any]:
+        """A plan for calls with the signature of this one: kernel, validation, and the layouts of the outputs."""
+        self._refuse_gradients(args)
         self.check(*args)
         backend = self.backend_for(*args)
-        kernel, allocate, validate = backend.load(), self.allocate, self.validate
-        on_cpu = args[0].device.type == "cpu"
+        validate = self.validate
+        if validate and args[0].device.type != "cpu":
+            validate = (lambda *args: self.validate(*map(_index_to_cpu, args))) if _State.validate else None
+        if backend.name == "reference":
+            return backend.load(), validate, None
+        kernel, outputs = backend.load(), self.allocate(*args)
+        if backend.unit_stride and (strided := [i for i, a in enumerate(args) if _is_strided(a)]):
+            kernel = self._with_copies(kernel, len(outputs), strided)
+        return kernel, validate, [(tuple(o.shape), o.stride(), o.dtype) for o in outputs]
 
-        returns_outputs = backend.name == "reference"
+    def _with_copies(self, kernel: Callable[..., Any], outputs: int, strided: list[int]) -> Callable[..., Any]:
+        def run(*args: Any) -> None:
+            copies = list(args)
+            for i in strided:
+                copies[outputs + i] = args[outputs + i].contiguous()
+            kernel(*copies)
+            for i in strided:
+                if self._written[i]:
+                    args[outputs + i].copy_(copies[outputs + i])
 
-        def plan(args: tuple[Any, ...]) -> Any:
-            if validate and (on_cpu or _State.validate):
-                validate(*args)
-            if returns_outputs:
-                return kernel(*args)
-            outputs = allocate(*args)
-            kernel(*outputs, *args)
-            return _result(outputs)
-
-        if len(self._plans) >= 4096:  # shapes that never repeat must not pile up
-            self._plans.clear()
-        self._plans[key] = plan
-        return plan
+        return run
 
     def backend_for(self, *args: Any) -> Backend:
         """The backend that serves a call with these arguments."""
@@ -226,5 +233,10 @@ class Op:
         return None
 
 
-def _result(outputs: tuple[Tensor, ...]) -> Any:
-    return outputs[0] if len(outputs) == 1 else outputs or None
+def _is_strided(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() > 0 and argument.shape[-1] > 1 and argument.stride(-1) != 1
+
+
+def _index_to_cpu(argument: Any) -> Any:
+    is_index = isinstance(argument, Tensor) and argument.dtype in (torch.int32, torch.int64)
+    return argument.cpu() if is_index else argument

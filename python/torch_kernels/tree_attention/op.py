@@ -29,20 +29,16 @@ def _backends(name: str) -> tuple[Backend, ...]:
     cpu_dtypes, gpu_dtypes = (*_checks.FLOATING, *QUANTISED), (*HALF_AND_SINGLE, *QUANTISED)
     return (
         Backend("cpu", native("cpu", name), cpu_dtypes),
-        Backend("cuda", native("cuda", name), gpu_dtypes),
+        Backend("cuda", native("cuda", name), gpu_dtypes, unit_stride=True),
         Backend("triton", triton, gpu_dtypes),
-        Backend("emulator", native("emulator", name), gpu_dtypes),
+        Backend("emulator", native("emulator", name), gpu_dtypes, unit_stride=True),
         Backend("reference", lambda: getattr(reference, name), cpu_dtypes),
     )
 
 
-def _op(schema: str, check: Callable[..., None], allocate: Callable[..., Any], validate: Callable[..., None] | None) -> Op:
+def _op(schema: str, check: Callable[..., None], allocate: Callable[..., Any], validate: Callable[..., None]) -> Op:
     name = schema.partition("(")[0]
-    return Op(schema, partial(check, name), allocate, _backends(name), validate and partial(validate, name))
-
-
-def _on_cpu(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None or t.device.type == "cpu" else t.cpu() for t in tensors]
+    return Op(schema, partial(check, name), allocate, _backends(name), partial(validate, name))
 
 
 def _floating(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
@@ -118,9 +114,7 @@ def _allocate_tree_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: An
 
 def _validate_tree_attention(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_lens: Tensor, parents: Tensor,
                              k_tree: Tensor | None, v_tree: Tensor | None, block_table: Tensor | None, *_: Any) -> None:
-    prefix_lens, parents, block_table = _on_cpu(prefix_lens, parents, block_table)
-    _native.cpu.validate_parents(op, parents)
-    _native.cpu.validate_prefix(op, k_cache, block_table, prefix_lens, 0 if k_tree is not None else q.shape[1])
+    _native.cpu.validate_tree(op, parents, k_cache, block_table, prefix_lens, k_tree is None)
 
 
 tree_attention = _op(
@@ -146,7 +140,7 @@ def _check_tree_positions(op: str, parents: Any, prefix_lens: Any) -> None:
 
 
 def _validate_parents(op: str, parents: Tensor, *_: Any) -> None:
-    _native.cpu.validate_parents(op, *_on_cpu(parents))
+    _native.cpu.validate_parents(op, parents)
 
 
 tree_mask = _op(
@@ -203,7 +197,7 @@ def _allocate_verify(draft_tokens: Tensor, *_: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _validate_verify(op: str, draft_tokens: Tensor, target: Tensor, parents: Tensor, *_: Any) -> None:
-    _native.cpu.validate_parents(op, *_on_cpu(parents))
+    _native.cpu.validate_parents(op, parents)
 
 
 tree_verify_greedy = _op(
@@ -246,7 +240,6 @@ def _check_commit(op: str, k_cache: Any, v_cache: Any, k_tree: Any, v_tree: Any,
 
 def _validate_commit(op: str, k_cache: Tensor, v_cache: Tensor, k_tree: Tensor, v_tree: Tensor, prefix_lens: Tensor, path: Tensor,
                      num_accepted: Tensor, block_table: Tensor | None, *_: Any) -> None:
-    prefix_lens, path, num_accepted, block_table = _on_cpu(prefix_lens, path, num_accepted, block_table)
     _native.cpu.validate_path(op, k_cache, block_table, prefix_lens, path, num_accepted, k_tree.shape[1], False)
 
 
@@ -261,9 +254,7 @@ def _check_compact(op: str, k_cache: Any, v_cache: Any, prefix_lens: Any, path: 
 
 def _validate_compact(op: str, k_cache: Tensor, v_cache: Tensor, prefix_lens: Tensor, path: Tensor, num_accepted: Tensor,
                       block_table: Tensor | None) -> None:
-    nodes = path.shape[1]
-    prefix_lens, path, num_accepted, block_table = _on_cpu(prefix_lens, path, num_accepted, block_table)
-    _native.cpu.validate_path(op, k_cache, block_table, prefix_lens, path, num_accepted, nodes, True)
+    _native.cpu.validate_path(op, k_cache, block_table, prefix_lens, path, num_accepted, path.shape[1], True)
 
 
 tree_commit_kv_ = _op(

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// What torch calls for an op. A call whose signature (dtypes, devices, sizes and strides of all tensors, values of all other arguments) has been
+// seen before runs from a remembered plan: its checks and its backend are known. Any other goes to `prepare` in _registry.py, which makes one.
+#include <memory>
+#include <unordered_map>
+
+#include "core/bind.h"
+
+namespace torch_kernels {
+namespace {
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+nb::object checked(PyObject* result) {
+  if (!result) throw nb::python_error();
+  return nb::steal(result);
+}
+
+struct Plan {
+  nb::object kernel;              // called with the outputs, then all arguments; without layouts its result is the op's
+  nb::object validate;            // called with all arguments before anything is written, or None
+  std::vector<nb::tuple> layouts;  // size, stride and dtype of each output
+  bool allocates;
+};
+
+class Dispatcher {
+ public:
+  // defaults: of the keyword arguments, in schema order. prepare(arguments) returns a plan's kernel, validate and layouts (None: the kernel
+  // returns the results).
+  Dispatcher(nb::dict defaults, nb::object prepare) : prepare_(std::move(prepare)) {
+    for (auto [name, value] : defaults) defaults_.emplace_back(nb::borrow(name), nb::borrow(value));
+  }
+
+  nb::object call(nb::args args, nb::kwargs kwargs) {
+    nb::object arguments = in_schema_order(args, kwargs);
+    std::string key;
+    if (!describe(arguments, key)) return run(*make(arguments), arguments);  // wants a gradient: allowed or not, never remembered
+    auto found = plans_.find(key);
+    if (found == plans_.end()) {
+      constexpr size_t kMany = 4096;  // shapes that never repeat must not pile up
+      if (plans_.size() >= kMany) plans_.clear();
+      found = plans_.emplace(key, make(arguments)).first;
+    }
+    std::shared_ptr<const Plan> plan = found->second;  // kept: the call may clear the plans
+    return run(*plan, arguments);
+  }
+
+  void clear() { plans_.clear(); }
+  size_t size() const { return plans_.size(); }
+
+ private:
+  // torch leaves out keyword arguments that equal their default.
+  nb::object in_schema_order(const nb::args& args, const nb::kwargs& kwargs) const {
+    nb::object all = checked(PyTuple_New(Py_ssize_t(args.size() + defaults_.size())));
+    Py_ssize_t i = 0;
+    for (nb::handle argument : args) PyTuple_SET_ITEM(all.ptr(), i++, argument.inc_ref().ptr());
+    for (auto& [name, value] : defaults_) {
+      PyObject* given = PyDict_GetItem(kwargs.ptr(), name.ptr());
+      PyTuple_SET_ITEM(all.ptr(), i++, nb::handle(given ? given : value.ptr()).inc_ref().ptr());
+    }
+    return all;
+  }
+
+  // The call's signature. False if a tensor requires grad.
+  static bool describe(nb::handle arguments, std::string& key) {
+    static PyObject* requires_grad = interned("requires_grad");
+    auto append = [&](const auto&... values) { (key.append(reinterpret_cast<const char*>(&values), sizeof values), ...); };
+    key.reserve(1024);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments.ptr()); i++) {
+      PyObject* object = PyTuple_GET_ITEM(arguments.ptr(), i);
+      if (object == Py_None) {
+        append('n');
+      } else if (PyFloat_Check(object)) {
+        append('f', PyFloat_AS_DOUBLE(object));
+      } else if (PyLong_Check(object)) {
+        append('i', PyLong_AsLongLong(object));
+      } else if (PyUnicode_Check(object)) {
+        key.append(nb::borrow<nb::str>(object).c_str()).push_back('\0');
+      } else {
+        if (checked(PyObject_GetAttr(object, requires_grad)).ptr() == Py_True) return false;
+        Argument a = borrow(object);
+        append('t', a.dtype, a.device_type, a.device_index, a.rank);
+        key.append(reinterpret_cast<const char*>(a.size), sizeof(int64_t) * size_t(a.rank));
+        key.append(reinterpret_cast<const char*>(a.stride), sizeof(int64_t) * size_t(a.rank));
+      }
+    }
+    return true;
+  }
+
+  std::shared_ptr<const Plan> make(const nb::object& arguments) const {
+    auto [kernel, validate, layouts] = nb::cast<std::tuple<nb::object, nb::object, nb::object>>(prepare_(arguments));
+    Plan plan{kernel, validate, {}, !layouts.is_none()};
+    for (size_t i = 0; plan.allocates && i < nb::len(layouts); i++) plan.layouts.push_back(nb::cast<nb::tuple>(layouts[i]));
+    return std::make_shared<const Plan>(std::move(plan));
+  }
+
+  static nb::object run(const Plan& plan, const nb::object& arguments) {
+    static PyObject *new_empty_strided = interned("new_empty_strided"), *dtype_keyword = PyTuple_Pack(1, interned("dtype"));
+    if (!plan.validate.is_none()) checked(PyObject_Call(plan.validate.ptr(), arguments.ptr(), nullptr));
+    if (!plan.allocates) return checked(PyObject_Call(plan.kernel.ptr(), arguments.ptr(), nullptr));
+
+    size_t outputs = plan.layouts.size(), inputs = size_t(PyTuple_GET_SIZE(arguments.ptr()));
+    nb::object results = checked(PyTuple_New(Py_ssize_t(outputs)));
+    std::vector<PyObject*> all;
+    all.reserve(outputs + inputs);
+    for (size_t i = 0; i < outputs; i++) {
+      const nb::tuple& layout = plan.layouts[i];
+      PyObject* request[] = {PyTuple_GET_ITEM(arguments.ptr(), 0), PyTuple_GET_ITEM(layout.ptr(), 0), PyTuple_GET_ITEM(layout.ptr(), 1),
+                             PyTuple_GET_ITEM(layout.ptr(), 2)};
+      nb::object output = checked(PyObject_VectorcallMethod(new_empty_strided, request, 3, dtype_keyword));
+      all.push_back(output.ptr());
+      PyTuple_SET_ITEM(results.ptr(), Py_ssize_t(i), output.release().ptr());
+    }
+    for (size_t i = 0; i < inputs; i++) all.push_back(PyTuple_GET_ITEM(arguments.ptr(), Py_ssize_t(i)));
+    checked(PyObject_Vectorcall(plan.kernel.ptr(), all.data(), all.size(), nullptr));
+    if (outputs == 0) return nb::none();
+    return outputs == 1 ? nb::borrow(PyTuple_GET_ITEM(results.ptr(), 0)) : results;
+  }
+
+  std::vector<std::pair<nb::object, nb::object>> defaults_;
+  nb::object prepare_;
+  std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
+};
+
+}  // namespace
+
+void bind_dispatcher(nb::module_& module) {
+  nb::class_<Dispatcher>(module, "Dispatcher")
+      .def(nb::init<nb::dict, nb::object>())
+      .def("call", &Dispatcher::call)
+      .def("clear", &Dispatcher::clear)
+      .def("__len__", &Dispatcher::size);
+}
+
+}  // namespace torch_kernels
