@@ -84,14 +84,15 @@ def test_every_op_has_samples() -> None:
 @pytest.mark.parametrize(("op", "i"), EVERY)
 def test_rerun(backend: Backend, op: str, i: int) -> None:
     call = Call(op, i, backend.device)
-    start = call.values()
-    expected = {name: x.clone() for name, x in call(backend).items()}
-    for seed in range(3):
-        if backend.name == "emulator":
-            _native.emulator().set_seed(seed)  # another order of threads and of asynchronous copies
-        fill_free_memory(backend.device)
+    for start in (call.values(), call.changed()):
         call.set(start)
-        assert_same(call(backend), expected)
+        expected = {name: x.clone() for name, x in call(backend).items()}
+        for seed in range(3):
+            if backend.name == "emulator":
+                _native.emulator().set_seed(seed)  # another order of threads and of asynchronous copies
+            fill_free_memory(backend.device)
+            call.set(start)
+            assert_same(call(backend), expected)
 
 
 @needs_gpu

@@ -37,11 +37,13 @@ def mask() -> Tensor:
 
 
 @pytest.fixture
-def op(monkeypatch: pytest.MonkeyPatch) -> _registry.Op:
-    """tree_mask, with nothing remembered."""
+def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[_registry.Op]:
+    """tree_mask, with nothing remembered: for tests that change the declaration."""
     declared = _registry.OPS["tree_mask"]
-    monkeypatch.setattr(declared, "_plans", {})
-    return declared
+    declared.dispatcher.clear()
+    yield declared
+    monkeypatch.undo()
+    declared.dispatcher.clear()
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def test_a_backend_that_cannot_serve_says_why() -> None:
 def test_slow_path_warns_once_per_signature(op: _registry.Op, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = mask()
     monkeypatch.setattr(op, "backends", [b for b in op.backends if b.name in ("cuda", "reference")])
-    monkeypatch.setattr(op, "_plans", {})
+    op.dispatcher.clear()
     message = r"tree_mask runs on the slow PyTorch reference \(cuda: it serves CUDA tensors only\)"
     with pytest.warns(torch_kernels.SlowPathWarning, match=message) as caught:
         assert_bitwise("mask", mask(), expected)
@@ -127,9 +129,9 @@ def test_slow_path_names_the_dtype_nobody_serves(monkeypatch: pytest.MonkeyPatch
     declared = _registry.OPS["merge_attention_states"]
     backends = [b if b.name == "reference" else replace(b, dtypes=(torch.float16,)) for b in declared.backends]
     monkeypatch.setattr(declared, "backends", backends)
-    monkeypatch.setattr(declared, "_plans", {})
+    state = (torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2))
     with pytest.warns(torch_kernels.SlowPathWarning, match="cpu: no kernel for float32"):
-        torch.ops.kernels.merge_attention_states(*[torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2)] * 2)
+        declared.backend_for(*state, *state)
 
 
 def test_a_forced_reference_does_not_warn(op: _registry.Op) -> None:
@@ -184,7 +186,6 @@ def test_another_backend_is_checked_again(checks: list[Any]) -> None:
     mask()
     with torch_kernels.use_backend("reference"):
         mask()
-    mask()
     assert len(checks) == 2
 
 
@@ -205,11 +206,13 @@ def test_a_failed_check_is_not_remembered(checks: list[Any]) -> None:
 
 
 def test_memory_for_signatures_is_bounded(op: _registry.Op) -> None:
-    op._plans.update({(bytes([i % 256, i // 256]), "full"): lambda args: None for i in range(4096)})
-    assert len(op._plans) == 4096
-    mask()
-    assert len(op._plans) <= 4096
-    mask()
+    roots = torch.full((5000,), -1, dtype=torch.int32)
+    most = 0
+    for stride in range(1, 4500):
+        torch.ops.kernels.tree_mask(roots.as_strided((2, 1), (stride, 1)))
+        most = max(most, len(op.dispatcher))
+    assert 4000 < most <= 4096
+    assert 0 < len(op.dispatcher) < 4500 - 4096
 
 
 @st.composite
@@ -239,8 +242,10 @@ def described(draw: st.DrawFn) -> tuple[list[Any], list[Any]]:
 
 @given(described(), described())
 def test_signatures_are_equal_exactly_when_calls_look_alike(a: tuple[list, list], b: tuple[list, list]) -> None:
-    same = _native.cpu.signature(tuple(a[0])) == _native.cpu.signature(tuple(b[0]))
-    assert same == (a[1] == b[1])
+    dispatcher = _native.cpu.Dispatcher({}, lambda args: (lambda *_: None, None, None))
+    dispatcher.call(*a[0])
+    dispatcher.call(*b[0])
+    assert len(dispatcher) == (1 if a[1] == b[1] else 2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
@@ -300,19 +305,15 @@ def test_selftest() -> None:
 
 
 def test_selftest_covers_every_op_and_notices_errors(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    op: _registry.Op, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {case.op for case in CASES} == set(_registry.OPS)
     monkeypatch.setattr(_selftest, "cases", lambda: iter([case for case in CASES if case.op == "tree_mask"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_registry, "interpreting_triton", lambda: False)
     assert _selftest.main() == 0
-    declared = _registry.OPS["tree_mask"]
-    wrong = [
-        replace(b, load=lambda: lambda out, parents: out.fill_(True)) for b in declared.backends if b.name == "cpu"
-    ]
-    monkeypatch.setattr(declared, "backends", wrong)
-    monkeypatch.setattr(declared, "_plans", {})
+    wrong = [replace(b, load=lambda: lambda out, parents: out.fill_(True)) for b in op.backends if b.name == "cpu"]
+    monkeypatch.setattr(op, "backends", wrong)
     assert _selftest.main() == 1
     assert "FAIL cpu" in capsys.readouterr().out
 
@@ -389,7 +390,7 @@ def test_calls_from_several_python_threads(threads: Callable[[int], None], inner
     expected = results_of_all()
     threads(inner)
     for declared in _registry.OPS.values():
-        declared._plans.clear()  # the first calls race to check and to remember
+        declared.dispatcher.clear()  # the first calls race to check and to remember
     with torch_kernels.use_backend("cpu"), ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(lambda: [case.run(CPU)[0] for case in CASES]) for _ in range(8)]
         for future in futures:
