@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reruns, streams and CUDA graphs, for every op. Reruns are tested on every backend, the rest needs a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_kernels
+from torch import Tensor
+from torch_kernels import _native, _registry
+
+from .backends import Backend
+from .strategies import bits
+from .tolerance import assert_bitwise
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+FAMILIES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/samples.py"))
+
+
+def samples(device: str) -> dict[str, list[Any]]:
+    """Op name -> small valid calls, of all families."""
+    merged: dict[str, list[Any]] = {}
+    for family in FAMILIES:
+        merged |= importlib.import_module(f".{family}.samples", __package__).samples(device)
+    return merged
+
+
+EVERY = [pytest.param(op, i, id=f"{op}-{i}") for op, calls in samples("cpu").items() for i in range(len(calls))]
+
+
+class Call:
+    """A call of an op with arguments of its own, which may be called again after they changed in place."""
+
+    def __init__(self, op: str, i: int, device: str) -> None:
+        self.op = op
+        positional, keywords = samples(device)[op][i]
+        self.arguments = {name: self._own(x) for name, x in positional.items()}
+        self.keywords = {name: self._own(x) for name, x in keywords.items()}
+
+    @staticmethod
+    def _own(x: Any) -> Any:
+        return bits(x).contiguous().clone().view(x.dtype) if isinstance(x, Tensor) else x
+
+    def tensors(self) -> dict[str, Tensor]:
+        both = self.arguments | self.keywords
+        return {name: x for name, x in both.items() if isinstance(x, Tensor)}
+
+    def set(self, values: dict[str, Tensor]) -> None:
+        for name, x in self.tensors().items():
+            bits(x).copy_(bits(values[name]))
+
+    def values(self) -> dict[str, Tensor]:
+        return {name: self._own(x) for name, x in self.tensors().items()}
+
+    def changed(self) -> dict[str, Tensor]:
+        """Other values that are as valid: every tensor in reverse order along its first dimension, the batch."""
+        return {name: bits(x).flip(0).view(x.dtype) for name, x in self.tensors().items()}
+
+    def __call__(self, backend: Backend) -> dict[str, Tensor]:
+        """The outputs, and the arguments: ops may change them."""
+        outputs = backend(self.op, *self.arguments.values(), **self.keywords)
+        outputs = () if outputs is None else outputs if isinstance(outputs, tuple) else (outputs,)
+        return {f"output {i}": x for i, x in enumerate(outputs)} | self.tensors()
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, x in expected.items():
+        assert_bitwise(name, actual[name], x)
+
+
+def fill_free_memory(device: str) -> None:
+    """Leaves NaN in the blocks that torch's allocator hands out next."""
+    _ = [torch.full((size,), float("nan"), device=device) for size in (64, 512, 4096, 1 << 18) for _ in range(8)]
+
+
+def test_every_op_has_samples() -> None:
+    assert set(samples("cpu")) == set(_registry.OPS)
+
+
+@pytest.mark.parametrize(("op", "i"), EVERY)
+def test_rerun(backend: Backend, op: str, i: int) -> None:
+    call = Call(op, i, backend.device)
+    for start in (call.values(), call.changed()):
+        call.set(start)
+        expected = {name: x.clone() for name, x in call(backend).items()}
+        for seed in range(3):
+            if backend.name == "emulator":
+                _native.emulator().set_seed(seed)  # another order of threads and of asynchronous copies
+            fill_free_memory(backend.device)
+            call.set(start)
+            assert_same(call(backend), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("op", "i"), EVERY)
+def test_graph_replay_equals_eager(backend: Backend, op: str, i: int) -> None:
+    if backend.name == "reference":
+        pytest.skip("the reference is written to be read, and looks at values on the host")
+    call = Call(op, i, backend.device)
+    inputs = [call.changed(), call.values()]
+    eager = []
+    for values in inputs:
+        call.set(values)
+        eager.append({name: x.clone() for name, x in call(backend).items()})
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # modules are loaded and Triton compiles before the capture
+        call(backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = call(backend)
+    for values, expected in zip(inputs, eager, strict=True):
+        for name, x in static.items():
+            if name.startswith("output"):
+                bits(x).fill_(1)
+        call.set(values)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(static, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("op", "i"), EVERY)
+def test_runs_on_the_current_stream_without_waiting(backend: Backend, op: str, i: int) -> None:
+    if backend.name == "reference":
+        pytest.skip("the reference is written to be read, and looks at values on the host")
+    call = Call(op, i, backend.device)
+    first, second = call.values(), call.changed()
+    call.set(second)
+    expected = {name: x.clone() for name, x in call(backend).items()}
+    call.set(first)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(backend)
+        call.set(first)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second; a kernel on another stream reads the old inputs
+        call.set(second)
+        actual = call(backend)
+        waited = stream.query()
+    torch.cuda.synchronize()
+    assert not waited, "the call waited for the device"
+    assert_same(actual, expected)
+
+
+@needs_gpu
+def test_validation_on_the_device(backend: Backend) -> None:
+    wrong = torch.tensor([[-1, 7]], dtype=torch.int32, device=backend.device)
+    backend("tree_mask", wrong)  # unchecked: some result, and no fault
+    torch_kernels.set_validation(True)
+    try:
+        with pytest.raises(ValueError, match="tree_mask: parents"):
+            backend("tree_mask", wrong)
+    finally:
+        torch_kernels.set_validation(False)

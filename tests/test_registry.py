@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a call, what is remembered between calls; instruction sets, threads and forks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch_kernels
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch_kernels import _native, _registry, _selftest
+
+from .backends import ON_CPU, unchecked
+from .tolerance import assert_bitwise
+from .tree_attention.cases import FP8, Case
+from .tree_attention.test_attention import check
+
+CPU = torch.device("cpu")
+PARENTS = torch.tensor([[-1, 0, 1, 1]], dtype=torch.int32)
+CASES = list(_selftest.cases())
+CASE_IDS = [f"{case.op} {case.description}".strip() for case in CASES]
+
+
+def mask() -> Tensor:
+    return torch.ops.kernels.tree_mask(PARENTS)
+
+
+@pytest.fixture
+def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[_registry.Op]:
+    """tree_mask, with nothing remembered: for tests that change the declaration."""
+    declared = _registry.OPS["tree_mask"]
+    declared.dispatcher.clear()
+    yield declared
+    monkeypatch.undo()
+    declared.dispatcher.clear()
+
+
+@pytest.fixture
+def calls(op: _registry.Op, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backends that ran, one entry per call."""
+    ran: list[str] = []
+
+    def recorded(backend: _registry.Backend) -> _registry.Backend:
+        def load() -> Callable[..., Any]:
+            kernel = backend.load()
+            return lambda *args: (ran.append(backend.name), kernel(*args))[1]
+
+        return replace(backend, load=load)
+
+    monkeypatch.setattr(op, "backends", tuple(map(recorded, op.backends)))
+    return ran
+
+
+@pytest.fixture
+def checks(op: _registry.Op, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of every call that was checked."""
+    seen: list[tuple[Any, ...]] = []
+    check = op.check
+    monkeypatch.setattr(op, "check", lambda *args: (seen.append(args), check(*args))[1])
+    return seen
+
+
+# ---- which backend runs ----
+
+
+def test_the_first_backend_that_serves_runs(calls: list[str]) -> None:
+    mask()
+    assert calls == ["cpu"]
+
+
+def test_forced_backends_nest(calls: list[str]) -> None:
+    with torch_kernels.use_backend("reference"):
+        mask()
+        with torch_kernels.use_backend("cpu"):
+            mask()
+        mask()
+    mask()
+    assert calls == ["reference", "cpu", "reference", "cpu"]
+
+
+def test_an_exception_restores_the_backend(calls: list[str]) -> None:
+    with pytest.raises(KeyError), torch_kernels.use_backend("reference"):
+        raise KeyError
+    mask()
+    assert calls == ["cpu"]
+
+
+def test_unknown_backend_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"unknown backend 'gpu'; there are cpu, cuda, triton, reference, emulator"):
+        torch_kernels.use_backend("gpu").__enter__()
+    assert _registry._State.forced == os.environ.get("TORCH_KERNELS_BACKEND")
+
+
+def test_a_backend_that_cannot_serve_says_why() -> None:
+    why = r"tree_mask: backend 'cuda' cannot serve this call \(cuda: it serves CUDA tensors only\)"
+    with pytest.raises(ValueError, match=why), torch_kernels.use_backend("cuda"):
+        mask()
+    arguments = [torch.zeros(1, 2, 2, 8, dtype=torch.float64), torch.zeros(1, 2, 2, dtype=torch.float32)] * 2
+    with pytest.raises(ValueError, match=r"merge_attention_states: .*triton"), torch_kernels.use_backend("triton"):
+        torch.ops.kernels.merge_attention_states(*arguments)
+    mask()  # and nothing stays behind
+
+
+def test_slow_path_warns_once_per_signature(op: _registry.Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = mask()
+    monkeypatch.setattr(op, "backends", [b for b in op.backends if b.name in ("cuda", "reference")])
+    op.dispatcher.clear()
+    message = r"tree_mask runs on the slow PyTorch reference \(cuda: it serves CUDA tensors only\)"
+    with pytest.warns(torch_kernels.SlowPathWarning, match=message) as caught:
+        assert_bitwise("mask", mask(), expected)
+        mask()
+    assert len(caught) == 1
+    with pytest.warns(torch_kernels.SlowPathWarning):
+        torch.ops.kernels.tree_mask(PARENTS[:, :2])
+
+
+def test_slow_path_names_the_dtype_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = _registry.OPS["merge_attention_states"]
+    backends = [b if b.name == "reference" else replace(b, dtypes=(torch.float16,)) for b in declared.backends]
+    monkeypatch.setattr(declared, "backends", backends)
+    state = (torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2))
+    with pytest.warns(torch_kernels.SlowPathWarning, match="cpu: no kernel for float32"):
+        declared.backend_for(*state, *state)
+
+
+def test_a_forced_reference_does_not_warn(op: _registry.Op) -> None:
+    with torch_kernels.use_backend("reference"):  # a SlowPathWarning is an error in this suite
+        mask()
+
+
+# ---- what is checked, and what is remembered ----
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_index_values_are_always_checked_on_the_cpu(op: _registry.Op, enabled: bool) -> None:
+    torch_kernels.set_validation(enabled)
+    try:
+        with pytest.raises(ValueError, match="tree_mask: parents"):
+            torch.ops.kernels.tree_mask(torch.tensor([[-1, 7]], dtype=torch.int32))
+        mask()
+    finally:
+        torch_kernels.set_validation(False)
+
+
+def test_index_values_are_checked_in_every_call(op: _registry.Op) -> None:
+    parents = PARENTS.clone()
+    torch.ops.kernels.tree_mask(parents)
+    parents[0, 1] = 3  # the same signature, another value
+    with pytest.raises(ValueError, match="tree_mask: parents"):
+        torch.ops.kernels.tree_mask(parents)
+    with unchecked("tree_mask"):
+        torch.ops.kernels.tree_mask(parents)
+
+
+def test_a_repeated_signature_is_checked_once(checks: list[Any]) -> None:
+    mask()
+    torch.ops.kernels.tree_mask(PARENTS.clone())
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [PARENTS[:, :3], PARENTS.long(), PARENTS.expand(2, 4), PARENTS.repeat(1, 2)[:, ::2]],
+    ids=["size", "dtype", "batch", "stride"],
+)
+def test_another_signature_is_checked_again(checks: list[Any], other: Tensor) -> None:
+    mask()
+    # Every second parent of a doubled row is no tree: found only after the arguments were checked.
+    with contextlib.suppress(ValueError):
+        torch.ops.kernels.tree_mask(other)
+    assert len(checks) == 2
+
+
+def test_another_backend_is_checked_again(checks: list[Any]) -> None:
+    mask()
+    with torch_kernels.use_backend("reference"):
+        mask()
+    assert len(checks) == 2
+
+
+def test_another_scalar_is_checked_again() -> None:
+    case = next(case for case in CASES if case.op == "tree_attention")
+    arguments = case.run.args[1]
+    torch.ops.kernels.tree_attention(**arguments, window=3, softcap=1.0)
+    for wrong in ({"window": -1}, {"softcap": -1.0}, {"softcap": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            torch.ops.kernels.tree_attention(**{**arguments, "window": 3, "softcap": 1.0, **wrong})
+
+
+def test_a_failed_check_is_not_remembered(checks: list[Any]) -> None:
+    for attempt in range(3):
+        with pytest.raises((TypeError, ValueError), match="parents"):
+            torch.ops.kernels.tree_mask(PARENTS.float())
+        assert len(checks) == attempt + 1
+
+
+def test_memory_for_signatures_is_bounded(op: _registry.Op) -> None:
+    roots = torch.full((5000,), -1, dtype=torch.int32)
+    most = 0
+    for stride in range(1, 4500):
+        torch.ops.kernels.tree_mask(roots.as_strided((2, 1), (stride, 1)))
+        most = max(most, len(op.dispatcher))
+    assert 4000 < most <= 4096
+    assert 0 < len(op.dispatcher) < 4500 - 4096
+
+
+@st.composite
+def described(draw: st.DrawFn) -> tuple[list[Any], list[Any]]:
+    """Arguments of a call, and all of them that a signature has to tell apart."""
+    arguments: list[Any] = []
+    description: list[Any] = []
+    for kind in draw(st.lists(st.sampled_from(["none", "int", "float", "tensor"]), max_size=3)):
+        if kind == "none":
+            argument, meaning = None, None
+        elif kind == "int":
+            argument = meaning = draw(st.sampled_from([0, 1, 2, -1, 2**31, 2**62, -(2**63)]))
+        elif kind == "float":
+            argument = draw(st.sampled_from([0.0, 1.0, 2.0, 1e-320, float("inf"), float("nan")]))
+            meaning = struct.pack("d", argument)
+        else:
+            dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int8, FP8]))
+            shape = draw(st.lists(st.sampled_from([1, 2, 3]), max_size=3))
+            argument = torch.zeros(shape, dtype=torch.uint8).to(dtype)
+            if draw(st.booleans()):
+                argument = argument.movedim(0, -1) if argument.dim() else argument[None]
+            meaning = (dtype, tuple(argument.shape), argument.stride())
+        arguments.append(argument)
+        description.append((kind, meaning))
+    return arguments, description
+
+
+@given(described(), described())
+def test_signatures_are_equal_exactly_when_calls_look_alike(a: tuple[list, list], b: tuple[list, list]) -> None:
+    dispatcher = _native.cpu.Dispatcher({}, lambda args: (lambda *_: None, None, None))
+    dispatcher.call(*a[0])
+    dispatcher.call(*b[0])
+    assert len(dispatcher) == (1 if a[1] == b[1] else 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_gradients_are_refused(case: _selftest.Case) -> None:
+    arguments = case.run.args[1]
+    floating = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    registered = getattr(torch.ops.kernels, case.op)
+    for name in floating:
+        leaf = arguments[name].clone().requires_grad_()
+        with pytest.raises(ValueError, match=rf"{case.op}: {name} requires grad, .* use torch\.no_grad\(\)"):
+            registered(**{**arguments, name: leaf})
+        with torch.no_grad():
+            registered(
+                **{key: x.clone() if isinstance(x, Tensor) else x for key, x in {**arguments, name: leaf}.items()}
+            )
+
+
+# ---- commands ----
+
+
+def python(*words: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python as a user does: without what this suite sets."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
+    return subprocess.run(
+        [sys.executable, *words], env=environment | variables, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_info() -> None:
+    result = python("-m", "torch_kernels", "info")
+    assert result.returncode == 0, result.stderr
+    for expected in (*_registry.OPS, *_native.cpu.instruction_sets(), torch.__version__, torch_kernels.__version__):
+        assert expected in result.stdout
+    assert f"CPU kernels: {_native.cpu.instruction_sets()[-1]} " in result.stdout, "not the best instruction set"
+
+
+CHOICES = """
+import torch
+from torch_kernels import _native, _registry
+print(_native.cpu.instruction_set(), _registry.OPS["tree_mask"].backend_for(torch.tensor([[-1]])).name)
+"""
+
+
+def test_choices_from_the_environment() -> None:
+    result = python("-c", CHOICES, TORCH_KERNELS_BACKEND="reference", TORCH_KERNELS_CPU_ISA="generic")
+    assert result.stdout.split() == ["generic", "reference"], result.stderr
+    result = python("-c", CHOICES, TORCH_KERNELS_BACKEND="gpu")
+    assert result.returncode == 1 and "tree_mask: backend 'gpu' cannot serve this call" in result.stderr
+    result = python("-c", CHOICES, TORCH_KERNELS_CPU_ISA="mmx")
+    assert result.returncode == 1 and "unknown instruction set mmx" in result.stderr
+
+
+def test_selftest() -> None:
+    result = python("-m", "torch_kernels", "selftest")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "FAIL" not in result.stdout and all(f" {name} " in result.stdout for name in _registry.OPS)
+
+
+def test_selftest_covers_every_op_and_notices_errors(
+    op: _registry.Op, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {case.op for case in CASES} == set(_registry.OPS)
+    monkeypatch.setattr(_selftest, "cases", lambda: iter([case for case in CASES if case.op == "tree_mask"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_registry, "interpreting_triton", lambda: False)
+    assert _selftest.main() == 0
+    wrong = [replace(b, load=lambda: lambda out, parents: out.fill_(True)) for b in op.backends if b.name == "cpu"]
+    monkeypatch.setattr(op, "backends", wrong)
+    assert _selftest.main() == 1
+    assert "FAIL cpu" in capsys.readouterr().out
+
+
+# ---- instruction sets, threads, processes ----
+
+
+@pytest.fixture(params=_native.cpu.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.cpu.instruction_set()
+    _native.cpu.select_instruction_set(request.param)
+    try:
+        yield request.param
+    finally:
+        _native.cpu.select_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    try:
+        yield torch.set_num_threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def results_of_all() -> list[tuple[Tensor, ...]]:
+    with torch_kernels.use_backend("cpu"):
+        return [case.run(CPU)[0] for case in CASES]
+
+
+def assert_all_bitwise(actual: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> None:
+    for name, ours, theirs in zip(CASE_IDS, actual, expected, strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            assert_bitwise(name, x, y)
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="unknown instruction set mmx"):
+        _native.cpu.select_instruction_set("mmx")
+
+
+def test_instruction_sets_agree_with_the_truth(instruction_set: str) -> None:
+    assert _native.cpu.instruction_set() == instruction_set
+    with torch_kernels.use_backend("cpu"):
+        for case, name in zip(CASES, CASE_IDS, strict=True):
+            error = _selftest.error_of(*case.run(CPU))
+            assert error <= case.tolerance, f"{name} on {instruction_set}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, FP8], ids=["plain", "int8", "fp8"])
+def test_instruction_sets_in_every_dtype(
+    instruction_set: str, dtype: torch.dtype, cache_dtype: torch.dtype | None
+) -> None:
+    backend = next(backend for backend in ON_CPU if backend.name == "cpu")
+    for head_size, nodes, group in ((8, 1, 1), (80, 17, 4), (128, 33, 7)):
+        case = Case(prefixes=(70, 0, 16), nodes=nodes, group=group, head_size=head_size, value_size=24, page=16,
+                    dtype=dtype, cache_dtype=cache_dtype, tree="padded", seed=head_size)  # fmt: skip
+        check(backend, case)
+
+
+def test_number_of_threads_changes_no_bit(threads: Callable[[int], None]) -> None:
+    threads(1)
+    expected = results_of_all()
+    for count in (2, 3):
+        threads(count)
+        assert_all_bitwise(results_of_all(), expected)
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_calls_from_several_python_threads(threads: Callable[[int], None], inner: int) -> None:
+    threads(1)
+    expected = results_of_all()
+    threads(inner)
+    for declared in _registry.OPS.values():
+        declared.dispatcher.clear()  # the first calls race to check and to remember
+    with torch_kernels.use_backend("cpu"), ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(lambda: [case.run(CPU)[0] for case in CASES]) for _ in range(8)]
+        for future in futures:
+            assert_all_bitwise(future.result(), expected)
+
+
+FORK = """
+import os, signal, sys, torch, torch_kernels
+from torch_kernels import _selftest
+parent_threads, child_threads = map(int, sys.argv[1:])
+torch.set_num_threads(parent_threads)
+case = next(case for case in _selftest.cases() if case.op == "tree_attention")
+run = lambda: case.run(torch.device("cpu"))[0]
+expected = run()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # a deadlock ends here
+    torch.set_num_threads(child_threads)
+    os._exit(0 if all(torch.equal(x, y) for x, y in zip(run(), expected)) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not all(map(torch.equal, run(), expected)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("parent", [1, 2])
+def test_a_forked_child_may_call(parent: int) -> None:
+    """With one thread in the child, as torch's data loaders have: OpenMP's pool does not survive a fork."""
+    result = python("-c", FORK, str(parent), "1")
+    assert result.returncode == 0, result.stderr

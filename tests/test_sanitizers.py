@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels, and the CUDA kernels in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The modules are built into build/sanitize and kept there. torch's memory then comes from the sanitizer's allocator too, so a
+kernel that reads or writes one element past a tensor is reported. A first build takes minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "sanitize"
+CXX = os.environ.get("CXX", "c++")
+CUDA_HEADERS = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+BACKENDS = ["cpu", *(["emulator"] if any((home / "include" / "cuda_fp16.h").exists() for home in CUDA_HEADERS) else [])]
+
+if platform.system() != "Linux" or not all(map(shutil.which, (CXX, "nice"))):
+    pytest.skip("sanitizers are run on Linux with a compiler only", allow_module_level=True)
+
+
+def runtimes() -> list[str]:
+    """The sanitizers' libraries; the compiler repeats the bare name of one it does not have."""
+    named = (
+        subprocess.check_output([CXX, f"-print-file-name=lib{x}.so"], text=True).strip() for x in ("asan", "ubsan")
+    )
+    return [name for name in named if "/" in name]
+
+
+if len(runtimes()) < 2:
+    pytest.skip(f"{CXX} has no libasan.so and libubsan.so", allow_module_level=True)
+
+
+def tool(name: str) -> str:
+    beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return shutil.which(name, path=beside_python) or pytest.skip(f"no {name}")
+
+
+def build() -> None:
+    nanobind = subprocess.run([sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True)
+    if nanobind.returncode:
+        pytest.skip("no nanobind")
+    settings = {
+        "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "nanobind_DIR": nanobind.stdout.strip(),
+        "TORCH_KERNELS_SANITIZE": "address,undefined",
+        "TORCH_KERNELS_CUDA": "OFF",
+        "TORCH_KERNELS_EMULATOR": "ON" if "emulator" in BACKENDS else "OFF",
+    }
+    configure = [tool("cmake"), "-S", ROOT, "-B", BUILD, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())]
+    for command in (configure, ["nice", tool("ninja"), "-C", BUILD, "-j2"]):
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert result.returncode == 0, result.stdout[-5000:]
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    """A folder to put first on Python's path: this checkout's torch_kernels with sanitized modules."""
+    import fcntl
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:  # other processes of a parallel test run wait for the build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build()
+        package = BUILD / "path" / "torch_kernels"
+        shutil.rmtree(package, ignore_errors=True)
+        shutil.copytree(
+            ROOT / "python" / "torch_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+        for module in BUILD.glob("_*.so"):
+            (package / module.name).symlink_to(module)
+    return package.parent
+
+
+def python(path: Path, *words: str, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(path),
+        "LD_PRELOAD": " ".join(runtimes()),  # Python itself is not instrumented
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "TORCH_KERNELS_BACKEND"):
+        environment.pop(name, None)
+    command = ["nice", sys.executable, *words]
+    return subprocess.run(
+        command, env=environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modules_are_instrumented(path: Path, backend: str) -> None:
+    (module,) = path.glob(f"torch_kernels/_{backend}.*so")
+    content = module.read_bytes()
+    assert b"__asan_report_load4" in content and b"__ubsan_handle_type_mismatch" in content
+
+
+# The native functions trust their caller: checks are made in Python.
+FAULTS = {
+    "heap-buffer-overflow": "native.tree_mask(torch.empty(1, 3, 3, dtype=torch.bool), torch.tensor([[-1, 0, 1, 1]]))",
+    "misaligned address": "native.tree_mask(torch.empty(1, 3, 3, dtype=torch.bool), "
+    "torch.frombuffer(bytearray(64), dtype=torch.int32, offset=1, count=3)[None])",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_planted_fault_is_reported(path: Path, backend: str, fault: str) -> None:
+    code = f"import torch\nfrom torch_kernels import _{backend} as native\n{FAULTS[fault]}\nprint('unnoticed')"
+    result = python(path, "-c", code)
+    assert result.returncode != 0 and "unnoticed" not in result.stdout, result.stderr
+    assert fault in result.stderr and "tree_structure" in result.stderr, result.stderr
+
+
+SUBSET = {
+    "cpu": ["tests/tree_attention", "--ignore=tests/tree_attention/test_registration.py"],
+    "emulator": [
+        f"tests/tree_attention/test_{name}.py" for name in ("structure", "merge", "verify", "cache", "safety")
+    ],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_suite(path: Path, backend: str) -> None:
+    result = python(
+        path,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *SUBSET[backend],
+        TORCH_KERNELS_TEST_BACKENDS=backend,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    assert " passed" in result.stdout
