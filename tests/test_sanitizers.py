@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels, and the CUDA kernels in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The modules are built into build/sanitize and kept there. torch's memory then comes from the sanitizer's allocator too, so a
-kernel that reads or writes one element past a tensor is reported. A first build takes minutes.
+The modules are built into build/sanitize and kept there. torch's memory then comes from the sanitizer's allocator too,
+so a kernel that reads or writes one element past a tensor is reported. A first build takes minutes.
 """
 
 from __future__ import annotations
