@@ -125,9 +125,9 @@ class Op:
     """An op of the library.
 
     ``check(*args)`` raises ValueError or TypeError; ``allocate(*args)`` makes the outputs (a tuple);
-    ``validate(*args)`` raises if values inside index tensors are impossible. All three get all arguments of the schema in
-    order; ``validate`` is called for CPU tensors always, for CUDA under :func:`set_validation`, with index tensors on
-    the CPU.
+    ``validate(*args)`` raises if values inside index tensors are impossible. All three get every argument of the
+    schema in order; ``validate`` is called for CPU tensors always, for CUDA under :func:`set_validation`, with index
+    tensors on the CPU.
     """
 
     schema: str
