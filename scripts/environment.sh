@@ -13,7 +13,7 @@ else
   "$venv/bin/pip" install --quiet --upgrade pip
   "$venv/bin/pip" install --quiet torch==2.13.0 numpy
 fi
-"$venv/bin/python" - <<'EOF' | xargs "$venv/bin/pip" install --quiet
+"$venv/bin/python" - >"$venv/requirements.txt" <<'EOF'
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -22,8 +22,9 @@ project = tomllib.load(open("pyproject.toml", "rb"))
 requirements = project["build-system"]["requires"] + ["cmake", "ninja"]
 for extra in ("test", "bench", "demo", "dev"):
     requirements += project["project"]["optional-dependencies"][extra]
-print("\n".join(f"'{r}'" for r in requirements))
+print("\n".join(requirements))
 EOF
+"$venv/bin/pip" install --quiet -r "$venv/requirements.txt"
 
 # The emulator compiles the CUDA sources with g++ and needs CUDA's headers, if not from a toolkit then from PyPI.
 if ! command -v nvcc >/dev/null && [ ! -d "${CUDA_HOME:-/usr/local/cuda}/include" ]; then

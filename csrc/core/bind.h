@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From Python objects to Tensor views. torch publishes a C function table for this on its tensor class (the DLPack exchange API, about 20 ns
-// a tensor); a torch that predates it is asked through Python attributes.
+// From Python objects to Tensor views. torch publishes a C function table for this on its tensor class (the DLPack
+// exchange API, about 20 ns a tensor); a torch that predates it is asked through Python attributes.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -50,10 +50,11 @@ inline DType dtype_from_dlpack(nb::dlpack::dtype type) {
 
 inline DType dtype_from_name(const std::string& name) {
   constexpr std::pair<const char*, DType> names[] = {
-      {"torch.float32", DType::float32},       {"torch.bfloat16", DType::bfloat16}, {"torch.float16", DType::float16},
-      {"torch.int32", DType::int32},           {"torch.int64", DType::int64},       {"torch.float64", DType::float64},
-      {"torch.int8", DType::int8},             {"torch.uint8", DType::uint8},       {"torch.bool", DType::boolean},
-      {"torch.float8_e4m3fn", DType::float8_e4m3}};
+      {"torch.float32", DType::float32}, {"torch.bfloat16", DType::bfloat16},
+      {"torch.float16", DType::float16}, {"torch.int32", DType::int32},
+      {"torch.int64", DType::int64},     {"torch.float64", DType::float64},
+      {"torch.int8", DType::int8},       {"torch.uint8", DType::uint8},
+      {"torch.bool", DType::boolean},    {"torch.float8_e4m3fn", DType::float8_e4m3}};
   for (auto& [known, dtype] : names)
     if (name == known) return dtype;
   throw nb::type_error("torch_kernels: a tensor has a dtype that no kernel reads");
@@ -118,7 +119,8 @@ inline Argument borrow_by_exchange(nb::handle object) {
 inline Argument borrow(nb::handle object) {
   if (object.is_none()) return {};
   Argument result = exchange_api() ? borrow_by_exchange(object) : borrow_by_attributes(object);
-  require(result.rank <= Tensor::kMaxRank, "torch_kernels: a tensor has more than ", int(Tensor::kMaxRank), " dimensions");
+  require(result.rank <= Tensor::kMaxRank, "torch_kernels: a tensor has more than ", int(Tensor::kMaxRank),
+          " dimensions");
   result.object = object;
   return result;
 }
@@ -126,7 +128,8 @@ inline Argument borrow(nb::handle object) {
 inline void* current_stream(const Argument& on) {
   if (on.device_type == kCpu) return nullptr;
   if (!exchange_api())
-    return reinterpret_cast<void*>(nb::cast<intptr_t>(nb::module_::import_("torch._C").attr("_cuda_getCurrentRawStream")(on.device_index)));
+    return reinterpret_cast<void*>(
+        nb::cast<intptr_t>(nb::module_::import_("torch._C").attr("_cuda_getCurrentRawStream")(on.device_index)));
   void* stream = nullptr;
   if (exchange_api()->current_stream(on.device_type, on.device_index, &stream) != 0) throw nb::python_error();
   return stream;
@@ -139,8 +142,8 @@ void run(void (*kernel)(const Params&, const Context&), const Argument& on, cons
   Context context{on.device_index, current_stream(on), [&](int64_t bytes) {
                     nb::gil_scoped_acquire gil;
                     nb::object torch = nb::module_::import_("torch");
-                    workspaces.push_back(
-                        torch.attr("empty")(bytes, nb::arg("dtype") = torch.attr("uint8"), nb::arg("device") = on.object.attr("device")));
+                    workspaces.push_back(torch.attr("empty")(bytes, nb::arg("dtype") = torch.attr("uint8"),
+                                                             nb::arg("device") = on.object.attr("device")));
                     return borrow(workspaces.back()).data;
                   }};
   nb::gil_scoped_release unlocked;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What torch calls for an op. A call whose signature (dtypes, devices, sizes and strides of all tensors, values of all other arguments) has been
-// seen before runs from a remembered plan: its checks and its backend are known. Any other goes to `prepare` in _registry.py, which makes one.
+// What torch calls for an op. A call whose signature (dtypes, devices, sizes and strides of all tensors, values of all
+// other arguments) has been seen before runs from a remembered plan: its checks and its backend are known. Any other
+// goes to `prepare` in _registry.py, which makes one.
 #include <memory>
 #include <unordered_map>
 
@@ -17,16 +18,16 @@ nb::object checked(PyObject* result) {
 }
 
 struct Plan {
-  nb::object kernel;              // called with the outputs, then all arguments; without layouts its result is the op's
-  nb::object validate;            // called with all arguments before anything is written, or None
+  nb::object kernel;    // called with the outputs, then all arguments; without layouts its result is the op's
+  nb::object validate;  // called with all arguments before anything is written, or None
   std::vector<nb::tuple> layouts;  // size, stride and dtype of each output
   bool allocates;
 };
 
 class Dispatcher {
  public:
-  // defaults: of the keyword arguments, in schema order. prepare(arguments) returns a plan's kernel, validate and layouts (None: the kernel
-  // returns the results).
+  // defaults: of the keyword arguments, in schema order. prepare(arguments) returns a plan's kernel, validate and
+  // layouts (None: the kernel returns the results).
   Dispatcher(nb::dict defaults, nb::object prepare) : prepare_(std::move(prepare)) {
     for (auto [name, value] : defaults) defaults_.emplace_back(nb::borrow(name), nb::borrow(value));
   }
@@ -34,7 +35,8 @@ class Dispatcher {
   nb::object call(nb::args args, nb::kwargs kwargs) {
     nb::object arguments = in_schema_order(args, kwargs);
     std::string key;
-    if (!describe(arguments, key)) return run(*make(arguments), arguments);  // wants a gradient: allowed or not, never remembered
+    if (!describe(arguments, key))
+      return run(*make(arguments), arguments);  // wants a gradient: allowed or not, never remembered
     auto found = plans_.find(key);
     if (found == plans_.end()) {
       constexpr size_t kMany = 4096;  // shapes that never repeat must not pile up
@@ -64,7 +66,9 @@ class Dispatcher {
   // The call's signature. False if a tensor requires grad.
   static bool describe(nb::handle arguments, std::string& key) {
     static PyObject* requires_grad = interned("requires_grad");
-    auto append = [&](const auto&... values) { (key.append(reinterpret_cast<const char*>(&values), sizeof values), ...); };
+    auto append = [&](const auto&... values) {
+      (key.append(reinterpret_cast<const char*>(&values), sizeof values), ...);
+    };
     key.reserve(1024);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments.ptr()); i++) {
       PyObject* object = PyTuple_GET_ITEM(arguments.ptr(), i);
@@ -90,12 +94,14 @@ class Dispatcher {
   std::shared_ptr<const Plan> make(const nb::object& arguments) const {
     auto [kernel, validate, layouts] = nb::cast<std::tuple<nb::object, nb::object, nb::object>>(prepare_(arguments));
     Plan plan{kernel, validate, {}, !layouts.is_none()};
-    for (size_t i = 0; plan.allocates && i < nb::len(layouts); i++) plan.layouts.push_back(nb::cast<nb::tuple>(layouts[i]));
+    for (size_t i = 0; plan.allocates && i < nb::len(layouts); i++)
+      plan.layouts.push_back(nb::cast<nb::tuple>(layouts[i]));
     return std::make_shared<const Plan>(std::move(plan));
   }
 
   static nb::object run(const Plan& plan, const nb::object& arguments) {
-    static PyObject *new_empty_strided = interned("new_empty_strided"), *dtype_keyword = PyTuple_Pack(1, interned("dtype"));
+    static PyObject *new_empty_strided = interned("new_empty_strided"),
+                    *dtype_keyword = PyTuple_Pack(1, interned("dtype"));
     if (!plan.validate.is_none()) checked(PyObject_Call(plan.validate.ptr(), arguments.ptr(), nullptr));
     if (!plan.allocates) return checked(PyObject_Call(plan.kernel.ptr(), arguments.ptr(), nullptr));
 
@@ -105,8 +111,8 @@ class Dispatcher {
     all.reserve(outputs + inputs);
     for (size_t i = 0; i < outputs; i++) {
       const nb::tuple& layout = plan.layouts[i];
-      PyObject* request[] = {PyTuple_GET_ITEM(arguments.ptr(), 0), PyTuple_GET_ITEM(layout.ptr(), 0), PyTuple_GET_ITEM(layout.ptr(), 1),
-                             PyTuple_GET_ITEM(layout.ptr(), 2)};
+      PyObject* request[] = {PyTuple_GET_ITEM(arguments.ptr(), 0), PyTuple_GET_ITEM(layout.ptr(), 0),
+                             PyTuple_GET_ITEM(layout.ptr(), 1), PyTuple_GET_ITEM(layout.ptr(), 2)};
       nb::object output = checked(PyObject_VectorcallMethod(new_empty_strided, request, 3, dtype_keyword));
       all.push_back(output.ptr());
       PyTuple_SET_ITEM(results.ptr(), Py_ssize_t(i), output.release().ptr());

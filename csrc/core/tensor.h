@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A borrowed view of a tensor: what every kernel sees of one. Plain data, so it can be passed to a CUDA kernel by value.
+// A borrowed view of a tensor: what every kernel sees of one. Plain data, so it can be passed to a CUDA kernel by
+// value.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +12,19 @@
 
 namespace torch_kernels {
 
-enum class DType : int32_t { none, float64, float32, float16, bfloat16, float8_e4m3, int64, int32, int8, uint8, boolean };
+enum class DType : int32_t {
+  none,
+  float64,
+  float32,
+  float16,
+  bfloat16,
+  float8_e4m3,
+  int64,
+  int32,
+  int8,
+  uint8,
+  boolean
+};
 
 struct Tensor {
   static constexpr int kMaxRank = 5;

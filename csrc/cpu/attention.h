@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Online softmax over key tiles, the core of every CPU attention kernel.
 //
-// Everything is computed transposed: vectors run along query rows, so scores, maxima and sums never need a horizontal reduction, and the keys of a
-// tile are read from the cache as they lie. For a block of query rows:
+// Everything is computed transposed: vectors run along query rows, so scores, maxima and sums never need a horizontal
+// reduction, and the keys of a tile are read from the cache as they lie. For a block of query rows:
 //   scores[key, row] = keys[key, :] · queries[:, row]         queries are packed once
 //   out[channel, row] += values^T[channel, :] · weights[:, row]
 #pragma once
@@ -15,8 +15,8 @@
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
-inline constexpr int kKeyTile = 128;   // keys that share one pass over the query rows
-inline constexpr int kRowBlock = 64;   // query rows whose scores and outputs stay in cache together
+inline constexpr int kKeyTile = 128;  // keys that share one pass over the query rows
+inline constexpr int kRowBlock = 64;  // query rows whose scores and outputs stay in cache together
 inline constexpr int kRowAlign = 16;
 inline constexpr double kLog2E = 1.4426950408889634;
 
@@ -60,10 +60,11 @@ struct RowSource {
   }
 };
 
-// Copies a tile's rows to `to` as matrix elements, zero-padded. A copy is worth it even where none is needed: cache rows are often a large power
-// of two apart and would compete for the same few lines of the processor's caches.
+// Copies a tile's rows to `to` as matrix elements, zero-padded. A copy is worth it even where none is needed: cache
+// rows are often a large power of two apart and would compete for the same few lines of the processor's caches.
 template <class Stored, class Element>
-void gather_stored(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* to, int64_t stride) {
+void gather_stored(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width,
+                   Element* to, int64_t stride) {
   int64_t step = source.tensor.stride[3];
   int64_t bytes = width * int64_t(sizeof(Stored));
   for (int i = 0; i < count; i++, to += stride) {
@@ -83,8 +84,11 @@ void gather_stored(const RowSource& source, int64_t first, int count, int padded
 }
 
 template <class Element>
-void gather(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width, Element* to, int64_t stride) {
-  auto as = [&]<class Stored>(Stored) { gather_stored<Stored>(source, first, count, padded_count, width, padded_width, to, stride); };
+void gather(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width,
+            Element* to, int64_t stride) {
+  auto as = [&]<class Stored>(Stored) {
+    gather_stored<Stored>(source, first, count, padded_count, width, padded_width, to, stride);
+  };
   switch (source.tensor.dtype) {
     case DType::float64: return as(double{});
     case DType::float16: return as(Half{});
@@ -142,18 +146,19 @@ struct SoftmaxRows {
   using Real = AccumulatorOf<Unit>;
   static constexpr int kPack = Arithmetic<Query>::kPack, kLane = kLanes<Real>;
   static constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-  // The running maximum moves only when a score passes it by this factor (in powers of two), which spares rescaling the output.
+  // The running maximum moves only when a score passes it by this factor (in powers of two), which spares rescaling the
+  // output.
   static constexpr Real kSlack = 8;
 
   int rows, padded_rows, channels, padded_channels, value_channels, padded_value_channels;
-  Unit* queries;  // [row block][padded_channels / kPack][block rows]
-  Real* out;      // [row block][padded_value_channels][block rows]
-  Real* maximum;  // [padded_rows], in powers of two
-  Real* sum;      // [padded_rows]
-  Real* scores;   // [kKeyTile][kRowBlock], later the weights when a unit is one Real
-  Unit* weights;  // [kKeyTile / kPack][kRowBlock]
-  Element* key_tile;    // [kKeyTile][key_stride()]
-  Element* value_tile;  // [kKeyTile][value_stride()]
+  Unit* queries;              // [row block][padded_channels / kPack][block rows]
+  Real* out;                  // [row block][padded_value_channels][block rows]
+  Real* maximum;              // [padded_rows], in powers of two
+  Real* sum;                  // [padded_rows]
+  Real* scores;               // [kKeyTile][kRowBlock], later the weights when a unit is one Real
+  Unit* weights;              // [kKeyTile / kPack][kRowBlock]
+  Element* key_tile;          // [kKeyTile][key_stride()]
+  Element* value_tile;        // [kKeyTile][value_stride()]
   Element* value_transposed;  // [padded_value_channels][kKeyTile]
 
   SoftmaxRows(int rows, int channels, int value_channels)
@@ -208,30 +213,35 @@ struct SoftmaxRows {
       int block = r / kRowBlock * kRowBlock, width = block_rows(block);
       const Query* from = row(r);
       Element* to = packed + int64_t(block) * padded_channels + (r - block) * kPack;
-      for (int c = 0; c < channels; c++) convert(from + c * stride, to + (c / kPack * int64_t(width)) * kPack + c % kPack, 1);
+      for (int c = 0; c < channels; c++)
+        convert(from + c * stride, to + (c / kPack * int64_t(width)) * kPack + c % kPack, 1);
     }
   }
 
   // Adds keys [first, first + count) to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
   template <class Visible>
-  void absorb(const RowSource& keys, const RowSource& values, int64_t first, int count, Real scale, Real softcap, const Visible& visible) {
+  void absorb(const RowSource& keys, const RowSource& values, int64_t first, int count, Real scale, Real softcap,
+              const Visible& visible) {
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
     gather(keys, first, count, padded_count, channels, padded_channels, key_tile, key_stride());
     gather(values, first, count, padded_count, value_channels, padded_value_channels, value_tile, value_stride());
     nonfinite.clear();
     if constexpr (Visible::kMasks) take_nonfinite(count);
-    if constexpr (kPack > 1) transpose(value_tile, value_stride(), value_transposed, kKeyTile, padded_count, padded_value_channels);
+    if constexpr (kPack > 1)
+      transpose(value_tile, value_stride(), value_transposed, kKeyTile, padded_count, padded_value_channels);
     for (int block = 0; block < padded_rows; block += kRowBlock) {
       int width = block_rows(block);
-      matmul<false, true>(reinterpret_cast<const Unit*>(key_tile), key_stride() / kPack, queries + int64_t(block) * padded_channels / kPack, width, scores,
-                    width, padded_count, width, padded_channels / kPack);
+      matmul<false, true>(reinterpret_cast<const Unit*>(key_tile), key_stride() / kPack,
+                          queries + int64_t(block) * padded_channels / kPack, width, scores, width, padded_count, width,
+                          padded_channels / kPack);
       softmax(block, width, count, padded_count, scale, softcap, visible);
       Real* block_out = out + int64_t(block) * padded_value_channels;
       if constexpr (kPack > 1) {
-        matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, weights, width, block_out, width,
-                     padded_value_channels, width, padded_count / kPack);
+        matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, weights, width, block_out,
+                           width, padded_value_channels, width, padded_count / kPack);
       } else {
-        matmul<true, false>(value_tile, value_stride(), scores, width, block_out, width, padded_value_channels, width, padded_count);
+        matmul<true, false>(value_tile, value_stride(), scores, width, block_out, width, padded_value_channels, width,
+                            padded_count);
       }
       if constexpr (Visible::kMasks) {
         for (auto [key, channel, value] : nonfinite)
@@ -276,7 +286,9 @@ struct SoftmaxRows {
       if constexpr (kPack == 1) {
         for (int key = 0; key < count; key++) store(scores + key * width + c, weight(key));
       } else {
-        auto put = [&](int key, Vector<Real> low, Vector<Real> high) { store_pairs(weights + key / 2 * width + c, low, high); };
+        auto put = [&](int key, Vector<Real> low, Vector<Real> high) {
+          store_pairs(weights + key / 2 * width + c, low, high);
+        };
         int key = 0;
         for (; key + 2 <= count; key += 2) {
           Vector<Real> low = weight(key), high = weight(key + 1);
@@ -308,8 +320,8 @@ struct SoftmaxRows {
   static void store_pairs(float*, Vector<float>, Vector<float>) {}
   static void store_pairs(double*, Vector<double>, Vector<double>) {}
 
-  // A weight of zero must hide a value even if that is NaN or infinite. So under a mask such values leave the product, and absorb() adds them
-  // one by one to the rows that see them.
+  // A weight of zero must hide a value even if that is NaN or infinite. So under a mask such values leave the product,
+  // and absorb() adds them one by one to the rows that see them.
   void take_nonfinite(int count) {
     for (int key = 0; key < count; key++) {
       Element* row = value_tile + key * value_stride();
@@ -320,7 +332,10 @@ struct SoftmaxRows {
     }
   }
 
-  struct NonfiniteValue { int key, channel; Real value; };
+  struct NonfiniteValue {
+    int key, channel;
+    Real value;
+  };
   std::vector<NonfiniteValue> nonfinite;
 };
 

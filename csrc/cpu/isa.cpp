@@ -16,12 +16,14 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi2");
 }
 
 bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
 // Linux hands out the tile registers only to processes that ask.
@@ -62,7 +64,8 @@ int selected_index() { return selection(); }
 void select(const std::string& name) {
   for (size_t i = 0; i < instruction_sets().size(); i++) {
     if (name != instruction_sets()[i].name) continue;
-    if (!instruction_sets()[i].supported()) throw std::invalid_argument("this processor does not support the instruction set " + name);
+    if (!instruction_sets()[i].supported())
+      throw std::invalid_argument("this processor does not support the instruction set " + name);
     selection() = int(i);
     return;
   }

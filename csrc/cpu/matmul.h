@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// C[M, N] = A[M, K] · B[K, N], or C += with `accumulate`: the one matrix product of the CPU attention kernels. Small operands, all in cache.
+// C[M, N] = A[M, K] · B[K, N], or C += with `accumulate`: the one matrix product of the CPU attention kernels. Small
+// operands, all in cache.
 //
-// A `Unit` is what one multiply-add consumes: a float, a double, or a pair of bfloat16 neighbours along K (dot products of pairs, accumulated in
-// float). A is row-major in units with any strides; B is packed [K, N] in units, so vectors run along N; C is row-major float or double.
+// A `Unit` is what one multiply-add consumes: a float, a double, or a pair of bfloat16 neighbours along K (dot products
+// of pairs, accumulated in float). A is row-major in units with any strides; B is packed [K, N] in units, so vectors
+// run along N; C is row-major float or double.
 #pragma once
 #include "cpu/simd.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
-struct Pair { BFloat16 low, high; };
+struct Pair {
+  BFloat16 low, high;
+};
 
 #if defined(__AVX512BF16__)
 inline constexpr bool kHasPairs = true;
@@ -34,7 +38,8 @@ inline constexpr int kTileM = 2, kTileN = 4;
 #endif
 
 template <bool accumulate, bool row_major, int Rows, int Vectors, class Unit>
-inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int k) {
+inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c,
+                        int64_t ldc, int k) {
   using Accumulator = AccumulatorOf<Unit>;
   constexpr int lanes = kLanes<Accumulator>;
   Vector<Accumulator> sum[Rows][Vectors];
@@ -64,11 +69,13 @@ inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t 
 
 // N is a multiple of 16 elements; k counts units.
 template <bool accumulate, bool row_major, class Unit>
-inline void matmul(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc, int m, int n, int k) {
+inline void matmul(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc,
+                   int m, int n, int k) {
   constexpr int lanes = kLanes<AccumulatorOf<Unit>>;
   auto rows = [&]<int Rows>(int i) {
     auto tile = [&]<int Vectors>(int j) {
-      matmul_tile<accumulate, row_major, Rows, Vectors>(row_major ? a + i * a_stride : a + i, a_stride, b + j, ldb, c + i * ldc + j, ldc, k);
+      matmul_tile<accumulate, row_major, Rows, Vectors>(row_major ? a + i * a_stride : a + i, a_stride, b + j, ldb,
+                                                        c + i * ldc + j, ldc, k);
     };
     int j = 0;
     for (; j + kTileN * lanes <= n; j += kTileN * lanes) tile.template operator()<kTileN>(j);
@@ -130,10 +137,12 @@ inline void matmul_amx_tile(const Pair* a, int64_t a_row, const Pair* b, int64_t
 }
 
 template <bool accumulate, bool row_major>
-inline void matmul(const Pair* a, int64_t a_row, const Pair* b, int64_t ldb, float* c, int64_t ldc, int m, int n, int k) {
+inline void matmul(const Pair* a, int64_t a_row, const Pair* b, int64_t ldb, float* c, int64_t ldc, int m, int n,
+                   int k) {
   auto rows = [&]<int Rows>(int i) {
     int j = 0;
-    for (; j + 32 <= n; j += 32) matmul_amx_tile<accumulate, Rows, 2>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
+    for (; j + 32 <= n; j += 32)
+      matmul_amx_tile<accumulate, Rows, 2>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
     if (j < n) matmul_amx_tile<accumulate, Rows, 1>(a + i * a_row, a_row, b + j, ldb, c + i * ldc + j, ldc, k);
   };
   int i = 0;
@@ -144,7 +153,8 @@ inline void matmul(const Pair* a, int64_t a_row, const Pair* b, int64_t ldb, flo
 struct MatmulSession {};
 #endif
 
-// to[c, r] = from[r, c] for bfloat16: the values of a key tile, whose keys become the K dimension. rows % 32 == 0, columns % 16 == 0.
+// to[c, r] = from[r, c] for bfloat16: the values of a key tile, whose keys become the K dimension. rows % 32 == 0,
+// columns % 16 == 0.
 #if defined(__AVX512F__)
 inline void transpose(const BFloat16* from, int64_t from_row, BFloat16* to, int64_t to_row, int rows, int columns) {
   using Int = Vector<int32_t>;
@@ -158,7 +168,7 @@ inline void transpose(const BFloat16* from, int64_t from_row, BFloat16* to, int6
         __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + from_row)));
         x[i] = Int(low) | Int(high) << 16;
       }
-      // A 16x16 transpose in four rounds; each exchanges blocks of 1, 2, 4 and 8.
+    // A 16x16 transpose in four rounds; each exchanges blocks of 1, 2, 4 and 8.
 #pragma GCC unroll 8
       for (int i = 0; i < 16; i += 2) {
         y[i] = Int(_mm512_unpacklo_epi32(__m512i(x[i]), __m512i(x[i + 1])));

@@ -10,8 +10,9 @@
 
 namespace torch_kernels::cpu {
 
-// Runs body(i) for i in [0, n), each once; the first exception is rethrown. Work is handed out as threads become free, so a result must not
-// depend on which thread computed it. `cost` is about how many operations one i takes: waking threads is not worth it for a few.
+// Runs body(i) for i in [0, n), each once; the first exception is rethrown. Work is handed out as threads become free,
+// so a result must not depend on which thread computed it. `cost` is about how many operations one i takes: waking
+// threads is not worth it for a few.
 template <class Body>
 void parallel_for(int64_t n, int64_t cost, const Body& body) {
   constexpr int64_t kWorthThreads = 1 << 16;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector layer: the only file, with matmul.h, that knows instruction sets. Vectors are the compiler's vector extensions, so arithmetic,
-// comparison and selection are plain operators; what those lack is here.
+// The vector layer: the only file, with matmul.h, that knows instruction sets. Vectors are the compiler's vector
+// extensions, so arithmetic, comparison and selection are plain operators; what those lack is here.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -33,12 +33,20 @@ template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(T);
 
 // 16-bit and 8-bit formats, held as bits.
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
-struct Float8E4M3 { uint8_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+struct Float8E4M3 {
+  uint8_t bits;
+};
 
 template <class T>
-inline Vector<T> broadcast(T value) { return Vector<T>{} + value; }
+inline Vector<T> broadcast(T value) {
+  return Vector<T>{} + value;
+}
 
 template <class T>
 inline Vector<T> load(const T* from) {
@@ -48,15 +56,23 @@ inline Vector<T> load(const T* from) {
 }
 
 template <class T>
-inline void store(T* to, Vector<T> v) { std::memcpy(to, &v, sizeof v); }
+inline void store(T* to, Vector<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
 
 template <class V>
-inline V maximum(V a, V b) { return a > b ? a : b; }
+inline V maximum(V a, V b) {
+  return a > b ? a : b;
+}
 template <class V>
-inline V minimum(V a, V b) { return a < b ? a : b; }
+inline V minimum(V a, V b) {
+  return a < b ? a : b;
+}
 
 template <class To, class From>
-inline To bit_cast_vector(From v) { return std::bit_cast<To>(v); }
+inline To bit_cast_vector(From v) {
+  return std::bit_cast<To>(v);
+}
 
 // ---- conversions to and from float ----
 
@@ -86,9 +102,13 @@ inline bool is_finite(double x) { return std::isfinite(x); }
 template <class T>
 inline T from_float(double x);
 template <>
-inline float from_float<float>(double x) { return float(x); }
+inline float from_float<float>(double x) {
+  return float(x);
+}
 template <>
-inline double from_float<double>(double x) { return x; }
+inline double from_float<double>(double x) {
+  return x;
+}
 template <>
 inline BFloat16 from_float<BFloat16>(double x) {
   uint32_t bits = std::bit_cast<uint32_t>(float(x));
@@ -107,7 +127,9 @@ inline Half from_float<Half>(double x) {
 }
 // Saturating, to nearest even.
 template <>
-inline int8_t from_float<int8_t>(double x) { return x != x ? 0 : int8_t(std::nearbyint(x < -127 ? -127 : x > 127 ? 127 : x)); }
+inline int8_t from_float<int8_t>(double x) {
+  return x != x ? 0 : int8_t(std::nearbyint(x < -127 ? -127 : x > 127 ? 127 : x));
+}
 template <>
 inline Float8E4M3 from_float<Float8E4M3>(double x) {
   float value = float(x), magnitude = std::fabs(value);
@@ -140,9 +162,13 @@ inline void widen_to_bfloat16(const From* src, BFloat16* dst, int64_t n) {
   for (int64_t i = 0; i < n; i++) dst[i].bits = uint16_t(std::bit_cast<uint32_t>(to_float(src[i])) >> 16);
 }
 template <>
-inline void convert(const int8_t* src, BFloat16* dst, int64_t n) { widen_to_bfloat16(src, dst, n); }
+inline void convert(const int8_t* src, BFloat16* dst, int64_t n) {
+  widen_to_bfloat16(src, dst, n);
+}
 template <>
-inline void convert(const Float8E4M3* src, BFloat16* dst, int64_t n) { widen_to_bfloat16(src, dst, n); }
+inline void convert(const Float8E4M3* src, BFloat16* dst, int64_t n) {
+  widen_to_bfloat16(src, dst, n);
+}
 
 #if defined(__F16C__)
 template <>

@@ -5,15 +5,15 @@
 #include "cpu/isa.h"
 #include "tree_attention/params.h"
 
-#define TREE_ATTENTION_KERNELS(X)                  \
-  X(tree_attention, TreeAttentionParams)           \
-  X(tree_mask, TreeMaskParams)                     \
-  X(tree_positions, TreePositionsParams)           \
-  X(tree_verify_greedy, TreeVerifyGreedyParams)    \
-  X(tree_verify_typical, TreeVerifyTypicalParams)  \
+#define TREE_ATTENTION_KERNELS(X)                   \
+  X(tree_attention, TreeAttentionParams)            \
+  X(tree_mask, TreeMaskParams)                      \
+  X(tree_positions, TreePositionsParams)            \
+  X(tree_verify_greedy, TreeVerifyGreedyParams)     \
+  X(tree_verify_typical, TreeVerifyTypicalParams)   \
   X(tree_verify_sampling, TreeVerifySamplingParams) \
-  X(tree_commit_kv, TreeCommitParams)              \
-  X(tree_compact_kv, TreeCompactParams)            \
+  X(tree_commit_kv, TreeCommitParams)               \
+  X(tree_compact_kv, TreeCompactParams)             \
   X(merge_attention_states, MergeStatesParams)
 
 namespace torch_kernels::cpu {
@@ -24,4 +24,4 @@ namespace torch_kernels::cuda {
 #define TORCH_KERNELS_CUDA_KERNEL(name, Params) void name(const Params&, const Context&);
 TREE_ATTENTION_KERNELS(TORCH_KERNELS_CUDA_KERNEL)
 #undef TORCH_KERNELS_CUDA_KERNEL
-}
+}  // namespace torch_kernels::cuda

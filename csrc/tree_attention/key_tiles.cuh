@@ -49,7 +49,7 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
 
   AncestorWalk walk;   // of row `thread`
   int64_t entry = -1;  // looked up ahead, for key `thread` of the next tile to place
-  int deepest = 0;  // of all rows
+  int deepest = 0;     // of all rows
 
   DEVICE explicit KeyTiles(const TreeAttentionWork& w)
       : work(w), parents(shared_array<int16_t>(Shape::kParents, w.p.q.size[1])) {}

@@ -2,9 +2,9 @@
 // Joins attention over two disjoint key sets. One warp per row.
 #include <math.h>
 
-#include "tree_attention/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
+#include "tree_attention/kernels.h"
 
 namespace torch_kernels {
 namespace {

@@ -33,10 +33,12 @@ template <class T, class Real>
 void merge(const MergeStatesParams& p) {
   int64_t nodes = p.out.size[1], heads = p.out.size[2];
   constexpr int64_t kRowsPerTask = 16;
-  parallel_for((p.out.size[0] * nodes + kRowsPerTask - 1) / kRowsPerTask, kRowsPerTask * heads * p.out.size[3], [&](int64_t task) {
-    for (int64_t row = task * kRowsPerTask; row < (task + 1) * kRowsPerTask && row < p.out.size[0] * nodes; row++)
-      for (int64_t h = 0; h < heads; h++) merge_row<T, Real>(p, row / nodes, row % nodes, h);
-  });
+  parallel_for((p.out.size[0] * nodes + kRowsPerTask - 1) / kRowsPerTask, kRowsPerTask * heads * p.out.size[3],
+               [&](int64_t task) {
+                 for (int64_t row = task * kRowsPerTask; row < (task + 1) * kRowsPerTask && row < p.out.size[0] * nodes;
+                      row++)
+                   for (int64_t h = 0; h < heads; h++) merge_row<T, Real>(p, row / nodes, row % nodes, h);
+               });
 }
 
 }  // namespace

@@ -1,28 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of the tree attention kernels. B sequences, T tree nodes, S cache slots, P pages, Hq query heads, Hk key/value heads.
-// The Python side has checked shapes, dtypes and devices; values inside index tensors are still garbage until proven otherwise.
+// The arguments of the tree attention kernels. B sequences, T tree nodes, S cache slots, P pages, Hq query heads, Hk
+// key/value heads. The Python side has checked shapes, dtypes and devices; values inside index tensors are still
+// garbage until proven otherwise.
 #pragma once
 #include "core/tensor.h"
 
 namespace torch_kernels {
 
 struct TreeAttentionParams {
-  Tensor out;           // [B, T, Hq, Dv], q's dtype
-  Tensor lse;           // [B, Hq, T], float32, natural logarithm
-  Tensor q;             // [B, T, Hq, D]
-  Tensor k_cache;       // [B, S, Hk, D], or pages [P, page, Hk, D]; q's dtype, float8_e4m3 or int8
-  Tensor v_cache;       // [B, S, Hk, Dv], or pages [P, page, Hk, Dv]
-  Tensor prefix_lens;   // [B]
-  Tensor parents;       // [B, T]: parent node, -1 root, -2 padding
-  Tensor k_tree;        // [B, T, Hk, D], q's dtype; absent: node i lives in cache slot prefix_lens[b] + i
-  Tensor v_tree;        // [B, T, Hk, Dv]
-  Tensor block_table;   // [B, pages]; absent: the caches are contiguous
-  Tensor sinks;         // [Hq], float32; may be absent
-  Tensor k_scale;       // [1] or [Hk], float32; present when the caches are quantised
-  Tensor v_scale;       // [1] or [Hk]
-  double scale;         // multiplies q·k
-  double softcap;       // 0: none
-  int64_t window;       // 0: none; else keys with position(q) - position(k) < window are kept
+  Tensor out;          // [B, T, Hq, Dv], q's dtype
+  Tensor lse;          // [B, Hq, T], float32, natural logarithm
+  Tensor q;            // [B, T, Hq, D]
+  Tensor k_cache;      // [B, S, Hk, D], or pages [P, page, Hk, D]; q's dtype, float8_e4m3 or int8
+  Tensor v_cache;      // [B, S, Hk, Dv], or pages [P, page, Hk, Dv]
+  Tensor prefix_lens;  // [B]
+  Tensor parents;      // [B, T]: parent node, -1 root, -2 padding
+  Tensor k_tree;       // [B, T, Hk, D], q's dtype; absent: node i lives in cache slot prefix_lens[b] + i
+  Tensor v_tree;       // [B, T, Hk, Dv]
+  Tensor block_table;  // [B, pages]; absent: the caches are contiguous
+  Tensor sinks;        // [Hq], float32; may be absent
+  Tensor k_scale;      // [1] or [Hk], float32; present when the caches are quantised
+  Tensor v_scale;      // [1] or [Hk]
+  double scale;        // multiplies q·k
+  double softcap;      // 0: none
+  int64_t window;      // 0: none; else keys with position(q) - position(k) < window are kept
 };
 
 struct TreeMaskParams {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tree attention on the CPU: split-KV flash attention in which all query rows of a key/value head (tree nodes times grouped heads) share each
-// key tile. Prefix tiles need no mask; the tree's own keys are masked by ancestor bits built once per sequence.
+// Tree attention on the CPU: split-KV flash attention in which all query rows of a key/value head (tree nodes times
+// grouped heads) share each key tile. Prefix tiles need no mask; the tree's own keys are masked by ancestor bits built
+// once per sequence.
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "tree_attention/params.h"
@@ -9,9 +10,9 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
 
-constexpr int kMaxRows = 512;         // query rows of one task
-constexpr int kSplitKeys = 2048;      // a sequence is cut into about this many keys per task...
-constexpr int kMaxSplits = 32;        // ... up to this many tasks (one more may hold the tree)
+constexpr int kMaxRows = 512;     // query rows of one task
+constexpr int kSplitKeys = 2048;  // a sequence is cut into about this many keys per task...
+constexpr int kMaxSplits = 32;    // ... up to this many tasks (one more may hold the tree)
 
 // The tree, and per node as a key the set of query rows that see it.
 struct VisibleTree : Tree {
@@ -32,7 +33,8 @@ struct VisibleTree : Tree {
   }
 };
 
-// How one sequence's keys are cut: by its own prefix alone, so a row's bits depend neither on the batch nor on the rest of the tree.
+// How one sequence's keys are cut: by its own prefix alone, so a row's bits depend neither on the batch nor on the rest
+// of the tree.
 struct Splits {
   int64_t prefix, total, length;
   int count;
@@ -54,7 +56,11 @@ class Forward {
 
  public:
   explicit Forward(const TreeAttentionParams& params)
-      : p(params), batch(p.q.size[0]), nodes(int(p.q.size[1])), kv_heads(int(p.k_cache.size[2])), group(int(p.q.size[2]) / kv_heads) {
+      : p(params),
+        batch(p.q.size[0]),
+        nodes(int(p.q.size[1])),
+        kv_heads(int(p.k_cache.size[2])),
+        group(int(p.q.size[2]) / kv_heads) {
     chunk_rows = std::min(kMaxRows, nodes * group);
     chunks = (nodes * group + chunk_rows - 1) / chunk_rows;
     for (int64_t b = 0; b < batch; b++) {
@@ -66,7 +72,8 @@ class Forward {
 
   void run() {
     Rows shape = rows_of(0);
-    int64_t tasks = batch * chunks * kv_heads, queries_size = round_up(shape.queries_size(), 16), state_size = round_up(shape.state_size(), 16);
+    int64_t tasks = batch * chunks * kv_heads, queries_size = round_up(shape.queries_size(), 16),
+            state_size = round_up(shape.state_size(), 16);
     static thread_local Scratch::Block shared;
     Scratch::plan(shared, [&](Scratch& scratch) {
       queries = scratch.take<Unit>(tasks * queries_size);
@@ -84,9 +91,12 @@ class Forward {
       int split = int(i / head_groups % max_splits);
       int64_t task = outer * kv_heads + i % head_groups * heads;
       if (split >= splits[place(task).b].count) return;
-      attend(place(task), heads, split, [&](int h) { return queries_of(task + h); }, [&](int h) { return state_of(task + h, split); });
+      attend(
+          place(task), heads, split, [&](int h) { return queries_of(task + h); },
+          [&](int h) { return state_of(task + h, split); });
     });
-    parallel_for(tasks, row_channels * max_splits, [&](int64_t task) { finish(place(task), [&](int split) { return state_of(task, split); }); });
+    parallel_for(tasks, row_channels * max_splits,
+                 [&](int64_t task) { finish(place(task), [&](int split) { return state_of(task, split); }); });
   }
 
  private:
@@ -94,7 +104,9 @@ class Forward {
     int64_t b;
     int chunk, head;
   };
-  Place place(int64_t task) const { return {task / (chunks * kv_heads), int(task / kv_heads % chunks), int(task % kv_heads)}; }
+  Place place(int64_t task) const {
+    return {task / (chunks * kv_heads), int(task / kv_heads % chunks), int(task % kv_heads)};
+  }
 
   Rows rows_of(int chunk) const {
     return Rows(std::min(chunk_rows, nodes * group - chunk * chunk_rows), int(p.q.size[3]), int(p.v_cache.size[3]));
@@ -105,11 +117,13 @@ class Forward {
   void pack_queries(Place at, Unit* packed) const {
     Rows rows = rows_of(at.chunk);
     rows.queries = packed;
-    rows.pack_queries([&](int r) { return p.q.at<const Query>(at.b, node_of(at.chunk, r), query_head(at, r)); }, p.q.stride[3]);
+    rows.pack_queries([&](int r) { return p.q.at<const Query>(at.b, node_of(at.chunk, r), query_head(at, r)); },
+                      p.q.stride[3]);
   }
 
-  // With few rows the time goes into reading the cache, whose rows hold all heads side by side: then one task takes several heads, tile by
-  // tile, and reads memory in longer runs. With many rows one head's tile is enough work. Either way the results are the same bits.
+  // With few rows the time goes into reading the cache, whose rows hold all heads side by side: then one task takes
+  // several heads, tile by tile, and reads memory in longer runs. With many rows one head's tile is enough work. Either
+  // way the results are the same bits.
   int heads_together() const {
     constexpr int kFewRows = 32;
     if (chunk_rows > kFewRows) return 1;
@@ -133,14 +147,19 @@ class Forward {
     Scratch::plan(block, [&](Scratch& scratch) { shape.take(scratch); });
     const VisibleTree& tree = trees[at.b];
     const Splits& cut = splits[at.b];
-    int64_t begin = split * cut.length, end = std::min(begin + cut.length, cut.total), prefix_end = std::min(end, cut.prefix);
-    int64_t tree_begin = std::max(begin, cut.prefix) - cut.prefix, tree_end = end - cut.prefix, shift = p.k_tree ? 0 : cut.prefix;
+    int64_t begin = split * cut.length, end = std::min(begin + cut.length, cut.total),
+            prefix_end = std::min(end, cut.prefix);
+    int64_t tree_begin = std::max(begin, cut.prefix) - cut.prefix, tree_end = end - cut.prefix,
+            shift = p.k_tree ? 0 : cut.prefix;
 
     std::vector<Head> heads;
     for (int h = 0; h < head_count; h++) {
       int head = at.head + h;
       Real scale = p.k_scale ? Real(p.scale) * head_scale(p.k_scale, head) : Real(p.scale);
-      heads.push_back({shape, {p.k_cache, p.block_table, at.b, head, prefix_end}, {p.v_cache, p.block_table, at.b, head, prefix_end}, scale});
+      heads.push_back({shape,
+                       {p.k_cache, p.block_table, at.b, head, prefix_end},
+                       {p.v_cache, p.block_table, at.b, head, prefix_end},
+                       scale});
       heads[h].rows.queries = queries_of(h);
       heads[h].rows.use_state(state_of(h));
       heads[h].rows.reset();
@@ -148,19 +167,27 @@ class Forward {
     attend_prefix(heads, at, begin, prefix_end);
     if (p.k_tree) {
       for (int h = 0; h < head_count; h++) {
-        if (p.v_scale) heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));  // the tree's own values have no scale
-        heads[h] = {heads[h].rows, {p.k_tree, {}, at.b, at.head + h, tree_end}, {p.v_tree, {}, at.b, at.head + h, tree_end}, Real(p.scale)};
+        if (p.v_scale)
+          heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));  // the tree's own values have no scale
+        heads[h] = {heads[h].rows,
+                    {p.k_tree, {}, at.b, at.head + h, tree_end},
+                    {p.v_tree, {}, at.b, at.head + h, tree_end},
+                    Real(p.scale)};
       }
     }
     for (int64_t first = tree_begin; first < tree_end; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, tree_end - first));
       VisibleBits visible{tree.bits.data() + first * tree.words + at.chunk * chunk_rows / 64, tree.words};
-      for (Head& head : heads) head.rows.absorb(head.keys, head.values, shift + first, count, head.scale, Real(p.softcap), visible);
+      for (Head& head : heads)
+        head.rows.absorb(head.keys, head.values, shift + first, count, head.scale, Real(p.softcap), visible);
     }
-    for (int h = 0; h < head_count && p.v_scale && !p.k_tree; h++) heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));
+    for (int h = 0; h < head_count && p.v_scale && !p.k_tree; h++)
+      heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));
   }
 
-  Real head_scale(const Tensor& scales, int head) const { return *scales.at<const float>(scales.size[0] == 1 ? 0 : head); }
+  Real head_scale(const Tensor& scales, int head) const {
+    return *scales.at<const float>(scales.size[0] == 1 ? 0 : head);
+  }
 
   // A window hides prefix slots below position - window + 1; only tiles that such a border crosses need a mask.
   void attend_prefix(std::vector<Head>& heads, Place at, int64_t begin, int64_t end) const {
@@ -182,10 +209,12 @@ class Forward {
     for (int64_t first = begin; first < end; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, end - first));
       bool masked = first < lowest_for_all;
-      for (int r = 0; masked && r < rows; r++) first_visible[r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
+      for (int r = 0; masked && r < rows; r++)
+        first_visible[r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
       for (Head& head : heads) {
         if (masked) {
-          head.rows.absorb(head.keys, head.values, first, count, head.scale, Real(p.softcap), VisibleFrom{first_visible.data()});
+          head.rows.absorb(head.keys, head.values, first, count, head.scale, Real(p.softcap),
+                           VisibleFrom{first_visible.data()});
         } else {
           head.rows.absorb(head.keys, head.values, first, count, head.scale, Real(p.softcap), EverythingVisible{});
         }
@@ -209,7 +238,8 @@ class Forward {
       int width = rows.block_rows(row / kRowBlock * kRowBlock);
       Vector<Real> sink;
       for (int i = 0; i < lanes; i++)
-        sink[i] = p.sinks && row + i < rows.rows ? Real(*p.sinks.at<const float>(query_head(at, row + i)) * kLog2E) : -Rows::kInfinity;
+        sink[i] = p.sinks && row + i < rows.rows ? Real(*p.sinks.at<const float>(query_head(at, row + i)) * kLog2E)
+                                                 : -Rows::kInfinity;
       Vector<Real> highest = sink;
       for (int s = 0; s < count; s++) {
         rows.use_state(state_of(s));
@@ -227,7 +257,8 @@ class Forward {
         Vector<Real> sum{};
         for (int s = 0; s < count; s++) {
           rows.use_state(state_of(s));
-          int64_t offset = int64_t(row / kRowBlock * kRowBlock) * rows.padded_value_channels + int64_t(c) * width + row % kRowBlock;
+          int64_t offset =
+              int64_t(row / kRowBlock * kRowBlock) * rows.padded_value_channels + int64_t(c) * width + row % kRowBlock;
           sum += load(rows.out + offset) * load(weight + s * lanes);
         }
         sum *= inverse;
@@ -239,7 +270,8 @@ class Forward {
         if (!sees_something) std::fill_n(transposed + i * rows.value_channels, rows.value_channels, Real(0));
         convert(transposed + i * rows.value_channels, p.out.at<Query>(at.b, node, head), rows.value_channels);
         *p.lse.at<float>(at.b, head, node) =
-            sees_something ? float(double(base[i]) * 0.69314718055994531 + std::log(double(total[i]))) : -std::numeric_limits<float>::infinity();
+            sees_something ? float(double(base[i]) * 0.69314718055994531 + std::log(double(total[i])))
+                           : -std::numeric_limits<float>::infinity();
       }
     }
   }

@@ -5,9 +5,9 @@
 
 #include <type_traits>
 
-#include "tree_attention/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
+#include "tree_attention/kernels.h"
 
 namespace torch_kernels {
 namespace {

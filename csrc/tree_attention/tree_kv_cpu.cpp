@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The accepted path's keys and values: from a tree's own buffer into the cache (commit), or to the front within the cache (compact).
+// The accepted path's keys and values: from a tree's own buffer into the cache (commit), or to the front within the
+// cache (compact).
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -45,8 +46,8 @@ void with_type(DType dtype, const Call& call) {
   }
 }
 
-void commit(const Tensor& cache, const Tensor& tree, const Tensor& scale, const TreeCommitParams& p, int64_t b, int64_t head,
-            const std::vector<int64_t>& nodes) {
+void commit(const Tensor& cache, const Tensor& tree, const Tensor& scale, const TreeCommitParams& p, int64_t b,
+            int64_t head, const std::vector<int64_t>& nodes) {
   with_type(cache.dtype, [&]<class Stored>(Stored) {
     with_type(tree.dtype, [&]<class Source>(Source) {
       using Real = std::conditional_t<std::is_same_v<Source, double>, double, float>;
@@ -71,7 +72,8 @@ void commit(const Tensor& cache, const Tensor& tree, const Tensor& scale, const 
 }
 
 // Everything is read before anything is written: the moves may overlap.
-void compact(const Tensor& cache, const TreeCompactParams& p, int64_t b, int64_t head, const std::vector<int64_t>& nodes) {
+void compact(const Tensor& cache, const TreeCompactParams& p, int64_t b, int64_t head,
+             const std::vector<int64_t>& nodes) {
   with_type(cache.dtype, [&]<class Stored>(Stored) {
     int64_t prefix = p.prefix_lens.index(b), width = cache.size[3];
     std::vector<Stored> rows(nodes.size() * width);

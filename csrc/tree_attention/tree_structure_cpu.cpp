@@ -23,7 +23,8 @@ void tree_positions(const TreePositionsParams& p) {
   parallel_for(p.parents.size[0], p.parents.size[1], [&](int64_t b) {
     Tree tree(p.parents, b);
     int32_t prefix = int32_t(p.prefix_lens.index(b));
-    for (int t = 0; t < tree.nodes(); t++) *p.positions.at<int32_t>(b, t) = tree.depth[t] < 0 ? 0 : prefix + tree.depth[t];
+    for (int t = 0; t < tree.nodes(); t++)
+      *p.positions.at<int32_t>(b, t) = tree.depth[t] < 0 ? 0 : prefix + tree.depth[t];
   });
 }
 

@@ -96,14 +96,16 @@ namespace cuda {
 
 void tree_verify_greedy(const TreeVerifyGreedyParams& p, const Context& context) {
   DeviceGuard guard(context.device);
-  launch(verify_greedy_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, context.stream, p);
+  launch(verify_greedy_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, context.stream,
+         p);
 }
 
 void tree_verify_typical(const TreeVerifyTypicalParams& p, const Context& context) {
   DeviceGuard guard(context.device);
-  launch(verify_typical_edges_kernel, dim3(unsigned(p.parents.elements())), dim3(kVerifyThreads), kVerifyShared, context.stream,
+  launch(verify_typical_edges_kernel, dim3(unsigned(p.parents.elements())), dim3(kVerifyThreads), kVerifyShared,
+         context.stream, p);
+  launch(verify_typical_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, context.stream,
          p);
-  launch(verify_typical_kernel, dim3(unsigned(p.parents.size[0])), dim3(kVerifyThreads), kVerifyShared, context.stream, p);
 }
 
 }  // namespace cuda

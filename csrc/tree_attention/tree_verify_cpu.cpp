@@ -34,7 +34,8 @@ void set_token(const Tensor& tokens, int64_t b, int64_t i, int64_t token) {
   }
 }
 
-void write_result(const TreeVerifyOutputs& to, const Tensor& draft_tokens, const Tree& tree, int64_t b, int last, int64_t next_token) {
+void write_result(const TreeVerifyOutputs& to, const Tensor& draft_tokens, const Tree& tree, int64_t b, int last,
+                  int64_t next_token) {
   for (int t = 0; t < tree.nodes(); t++) {
     *to.path.at<int32_t>(b, t) = -1;
     set_token(to.tokens, b, t, -1);
@@ -200,7 +201,8 @@ void tree_verify_sampling(const TreeVerifySamplingParams& p) {
         normalise(q);
       }
     }
-    write_result(p.outputs, p.draft_tokens, tree, b, last, last < 0 ? -1 : inverse_cdf(r, uniform(p.uniforms, b, tree.nodes())));
+    write_result(p.outputs, p.draft_tokens, tree, b, last,
+                 last < 0 ? -1 : inverse_cdf(r, uniform(p.uniforms, b, tree.nodes())));
   });
 }
 
