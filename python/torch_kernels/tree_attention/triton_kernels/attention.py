@@ -265,7 +265,7 @@ def tree_attention_kernel(
     tree_tiles = tl.cdiv(tl.max(walker, axis=0) + 1, BLOCK_N)
     for step in tl.range(0, tree_tiles, num_stages=1):
         first = (tree_tiles - 1 - step) * BLOCK_N
-        visible, walker, reach = mark_ancestors(parents, walker, reach, first, BLOCK_M, BLOCK_N)
+        visible, walker, reach = mark_ancestors(parents, walker, reach, first, BLOCK_N)
         key = first + column
         if k_tree is not None:
             exists = key < nodes

@@ -33,7 +33,7 @@ def depth_of(parents, node):
 
 
 @triton.jit
-def mark_ancestors(parents, node, reach, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def mark_ancestors(parents, node, reach, first, BLOCK_N: tl.constexpr):
     """One step of a walk through column tiles from the last to the first: every row moves up until it has left the
     tile.
 
@@ -43,7 +43,7 @@ def mark_ancestors(parents, node, reach, first, BLOCK_M: tl.constexpr, BLOCK_N: 
     node and reach.
     """
     columns = first + tl.arange(0, BLOCK_N)
-    visible = tl.zeros((BLOCK_M, BLOCK_N), tl.int1)
+    visible = (node != node)[:, None] & (columns < 0)[None, :]  # nothing yet
     while tl.max(node, axis=0) >= first:
         visible = visible | (node[:, None] == columns[None, :])
         inside = node >= first
@@ -63,7 +63,7 @@ def tree_mask_kernel(mask, parents, nodes, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     reach = tl.zeros_like(node) + nodes
     for tile in range(tl.cdiv(nodes, BLOCK_N)):
         first = (tl.cdiv(nodes, BLOCK_N) - 1 - tile) * BLOCK_N
-        visible, node, reach = mark_ancestors(parents, node, reach, first, BLOCK_M, BLOCK_N)
+        visible, node, reach = mark_ancestors(parents, node, reach, first, BLOCK_N)
         columns = first + tl.arange(0, BLOCK_N)
         inside = (rows[:, None] < nodes) & (columns[None, :] < nodes)
         target = (batch * nodes + rows[:, None]) * nodes + columns[None, :]
