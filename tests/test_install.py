@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a package index is told; with HYPOTHESIS_PROFILE=nightly, for it takes minutes, that a wheel installs and works."""
+"""What a package index is told; with HYPOTHESIS_PROFILE=nightly (it takes minutes) that a wheel installs and works."""
 
 from __future__ import annotations
 
