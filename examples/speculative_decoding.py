@@ -26,10 +26,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch_kernels
 from torch import Tensor, nn
 from tqdm import tqdm
-
-import torch_kernels
 
 PROMPTS = ("import", "calls", "typesmapping")  # held-out topics; their first bytes are the prompts
 VALIDATION = "debugger"  # held out too, to measure the heads

@@ -24,3 +24,8 @@ for extra in ("test", "bench", "demo", "dev"):
     requirements += project["project"]["optional-dependencies"][extra]
 print("\n".join(f"'{r}'" for r in requirements))
 EOF
+
+# The emulator compiles the CUDA sources with g++ and needs CUDA's headers, if not from a toolkit then from PyPI.
+if ! command -v nvcc >/dev/null && [ ! -d "${CUDA_HOME:-/usr/local/cuda}/include" ]; then
+  "$venv/bin/pip" install --quiet "nvidia-cuda-runtime>=13" "nvidia-cuda-crt>=13" "nvidia-cuda-cccl>=13"
+fi

@@ -77,10 +77,14 @@ class Forward {
 
     int64_t row_channels = int64_t(chunk_rows) * (p.q.size[3] + p.v_cache.size[3]);
     parallel_for(tasks, row_channels, [&](int64_t task) { pack_queries(place(task), queries_of(task)); });
-    // Heads vary fastest: threads that run together read neighbouring memory.
-    parallel_for(tasks * max_splits, row_channels * std::min<int64_t>(kSplitKeys, splits[0].total), [&](int64_t i) {
-      int64_t outer = i / (max_splits * kv_heads), split = i / kv_heads % max_splits, task = outer * kv_heads + i % kv_heads;
-      if (split < splits[place(task).b].count) attend(place(task), int(split), queries_of(task), state_of(task, int(split)));
+    int heads = heads_together();
+    int64_t items = tasks / heads * max_splits, keys = std::min<int64_t>(kSplitKeys, splits[0].total);
+    parallel_for(items, heads * row_channels * keys, [&](int64_t i) {
+      int64_t head_groups = kv_heads / heads, outer = i / (max_splits * head_groups);
+      int split = int(i / head_groups % max_splits);
+      int64_t task = outer * kv_heads + i % head_groups * heads;
+      if (split >= splits[place(task).b].count) return;
+      attend(place(task), heads, split, [&](int h) { return queries_of(task + h); }, [&](int h) { return state_of(task + h, split); });
     });
     parallel_for(tasks, row_channels * max_splits, [&](int64_t task) { finish(place(task), [&](int split) { return state_of(task, split); }); });
   }
@@ -104,50 +108,69 @@ class Forward {
     rows.pack_queries([&](int r) { return p.q.at<const Query>(at.b, node_of(at.chunk, r), query_head(at, r)); }, p.q.stride[3]);
   }
 
-  void attend(Place at, int split, Unit* packed, Real* state) const {
-    [[maybe_unused]] MatmulSession session;
-    Rows rows = rows_of(at.chunk);
-    static thread_local Scratch::Block block;
-    Scratch::plan(block, [&](Scratch& scratch) { rows.take(scratch); });
-    rows.queries = packed;
-    rows.use_state(state);
-    rows.reset();
+  // With few rows the time goes into reading the cache, whose rows hold all heads side by side: then one task takes several heads, tile by
+  // tile, and reads memory in longer runs. With many rows one head's tile is enough work. Either way the results are the same bits.
+  int heads_together() const {
+    constexpr int kFewRows = 32;
+    if (chunk_rows > kFewRows) return 1;
+    int64_t wanted = 4 * omp_get_max_threads(), most = 1;
+    for (int heads = 2; heads <= kv_heads; heads++)
+      if (kv_heads % heads == 0 && batch * chunks * max_splits * (kv_heads / heads) >= wanted) most = heads;
+    return int(most);
+  }
 
+  struct Head {
+    Rows rows;
+    RowSource keys, values;
+    Real scale;
+  };
+
+  template <class Queries, class States>
+  void attend(Place at, int head_count, int split, const Queries& queries_of, const States& state_of) const {
+    [[maybe_unused]] MatmulSession session;
+    Rows shape = rows_of(at.chunk);
+    static thread_local Scratch::Block block;
+    Scratch::plan(block, [&](Scratch& scratch) { shape.take(scratch); });
     const VisibleTree& tree = trees[at.b];
     const Splits& cut = splits[at.b];
     int64_t begin = split * cut.length, end = std::min(begin + cut.length, cut.total), prefix_end = std::min(end, cut.prefix);
-    RowSource keys{p.k_cache, p.block_table, at.b, at.head, prefix_end}, values{p.v_cache, p.block_table, at.b, at.head, prefix_end};
-    attend_prefix(rows, at, keys, values, begin, prefix_end);
-    if (p.v_scale && p.k_tree) rows.scale_output(head_scale(p.v_scale, at.head));  // the tree's own values have no scale
+    int64_t tree_begin = std::max(begin, cut.prefix) - cut.prefix, tree_end = end - cut.prefix, shift = p.k_tree ? 0 : cut.prefix;
 
-    int64_t tree_begin = std::max(begin, cut.prefix) - cut.prefix, tree_end = end - cut.prefix;
-    int64_t shift = 0;
-    if (p.k_tree) {
-      keys = {p.k_tree, {}, at.b, at.head, tree_end};
-      values = {p.v_tree, {}, at.b, at.head, tree_end};
-    } else {
-      shift = cut.prefix;
+    std::vector<Head> heads;
+    for (int h = 0; h < head_count; h++) {
+      int head = at.head + h;
+      Real scale = p.k_scale ? Real(p.scale) * head_scale(p.k_scale, head) : Real(p.scale);
+      heads.push_back({shape, {p.k_cache, p.block_table, at.b, head, prefix_end}, {p.v_cache, p.block_table, at.b, head, prefix_end}, scale});
+      heads[h].rows.queries = queries_of(h);
+      heads[h].rows.use_state(state_of(h));
+      heads[h].rows.reset();
     }
-    Real tree_scale = p.k_tree || !p.k_scale ? Real(p.scale) : Real(p.scale) * head_scale(p.k_scale, at.head);
+    attend_prefix(heads, at, begin, prefix_end);
+    if (p.k_tree) {
+      for (int h = 0; h < head_count; h++) {
+        if (p.v_scale) heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));  // the tree's own values have no scale
+        heads[h] = {heads[h].rows, {p.k_tree, {}, at.b, at.head + h, tree_end}, {p.v_tree, {}, at.b, at.head + h, tree_end}, Real(p.scale)};
+      }
+    }
     for (int64_t first = tree_begin; first < tree_end; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, tree_end - first));
       VisibleBits visible{tree.bits.data() + first * tree.words + at.chunk * chunk_rows / 64, tree.words};
-      rows.absorb(keys, values, shift + first, count, tree_scale, Real(p.softcap), visible);
+      for (Head& head : heads) head.rows.absorb(head.keys, head.values, shift + first, count, head.scale, Real(p.softcap), visible);
     }
-    if (p.v_scale && !p.k_tree) rows.scale_output(head_scale(p.v_scale, at.head));
+    for (int h = 0; h < head_count && p.v_scale && !p.k_tree; h++) heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));
   }
 
   Real head_scale(const Tensor& scales, int head) const { return *scales.at<const float>(scales.size[0] == 1 ? 0 : head); }
 
   // A window hides prefix slots below position - window + 1; only tiles that such a border crosses need a mask.
-  void attend_prefix(Rows& rows, Place at, const RowSource& keys, const RowSource& values, int64_t begin, int64_t end) const {
+  void attend_prefix(std::vector<Head>& heads, Place at, int64_t begin, int64_t end) const {
     const VisibleTree& tree = trees[at.b];
-    Real scale = p.k_scale ? Real(p.scale) * head_scale(p.k_scale, at.head) : Real(p.scale);
-    std::vector<int64_t> lowest(rows.padded_rows, 0);
+    int rows = heads[0].rows.rows;
+    std::vector<int64_t> lowest(rows, 0);
     int64_t lowest_of_all = 0, lowest_for_all = 0;
     if (p.window > 0) {
       lowest_of_all = end;
-      for (int r = 0; r < rows.rows; r++) {
+      for (int r = 0; r < rows; r++) {
         int depth = std::max(0, tree.depth[node_of(at.chunk, r)]);
         lowest[r] = std::max<int64_t>(0, splits[at.b].prefix + depth - p.window + 1);
         lowest_of_all = std::min(lowest_of_all, lowest[r]);
@@ -155,14 +178,17 @@ class Forward {
       }
     }
     begin = std::max(begin, lowest_of_all / kKeyTile * kKeyTile);
-    std::vector<int32_t> first_visible(rows.padded_rows, kKeyTile);
+    std::vector<int32_t> first_visible(heads[0].rows.padded_rows, kKeyTile);
     for (int64_t first = begin; first < end; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, end - first));
-      if (first >= lowest_for_all) {
-        rows.absorb(keys, values, first, count, scale, Real(p.softcap), EverythingVisible{});
-      } else {
-        for (int r = 0; r < rows.rows; r++) first_visible[r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
-        rows.absorb(keys, values, first, count, scale, Real(p.softcap), VisibleFrom{first_visible.data()});
+      bool masked = first < lowest_for_all;
+      for (int r = 0; masked && r < rows; r++) first_visible[r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
+      for (Head& head : heads) {
+        if (masked) {
+          head.rows.absorb(head.keys, head.values, first, count, head.scale, Real(p.softcap), VisibleFrom{first_visible.data()});
+        } else {
+          head.rows.absorb(head.keys, head.values, first, count, head.scale, Real(p.softcap), EverythingVisible{});
+        }
       }
     }
   }

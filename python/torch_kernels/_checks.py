@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks shared by all ops. They see tensors only through shape, dtype and device, so fake tensors pass too."""
+"""Argument checks shared by all ops. They look at shape, dtype and device alone, so fake tensors pass too."""
 
 from __future__ import annotations
 
@@ -49,4 +49,3 @@ def same_device(op: str, reference: Tensor, **arguments: Tensor | None) -> None:
     for name, value in arguments.items():
         if value is not None and value.device != reference.device:
             fail(op, name, f"on {reference.device}", f"a tensor on {value.device}")
-

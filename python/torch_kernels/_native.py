@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch  # first: it brings the OpenMP runtime whose thread pool the kernels share
 
-from torch_kernels import _cpu as cpu
+cpu = importlib.import_module("torch_kernels._cpu")
 
 __all__ = ["cpu", "cuda", "cuda_missing", "emulator"]
 

@@ -124,9 +124,10 @@ def native(backend: str, op: str) -> Callable[[], Callable[..., Any]]:
 class Op:
     """An op of the library.
 
-    ``check(*args)`` raises ValueError or TypeError; ``allocate(*args)`` makes the outputs (a tuple); ``validate(*args)``
-    raises if values inside index tensors are impossible. All three get every argument of the schema in order;
-    ``validate`` is called for CPU tensors always, for CUDA under :func:`set_validation`, with index tensors on the CPU.
+    ``check(*args)`` raises ValueError or TypeError; ``allocate(*args)`` makes the outputs (a tuple);
+    ``validate(*args)`` raises if values inside index tensors are impossible. All three get every argument of the
+    schema in order; ``validate`` is called for CPU tensors always, for CUDA under :func:`set_validation`, with index
+    tensors on the CPU.
     """
 
     schema: str
@@ -176,7 +177,8 @@ class Op:
         backend = self.backend_for(*args)
         validate = self.validate
         if validate and args[0].device.type != "cpu":
-            validate = (lambda *args: self.validate(*map(_index_to_cpu, args))) if _State.validate else None
+            on_cpu = validate
+            validate = (lambda *args: on_cpu(*map(_index_to_cpu, args))) if _State.validate else None
         if backend.name == "reference":
             return backend.load(), validate, None
         kernel, outputs = backend.load(), self.allocate(*args)
@@ -198,7 +200,7 @@ class Op:
 
     def backend_for(self, *args: Any) -> Backend:
         """The backend that serves a call with these arguments."""
-        reasons = {}
+        reasons: dict[str, str] = {}
         for backend in self.backends:
             if backend.name == "emulator" and _State.forced != "emulator":
                 continue
@@ -208,7 +210,9 @@ class Op:
             if reason is None:
                 if backend.name == "reference" and _State.forced is None:
                     why = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-                    warnings.warn(f"{self.name} runs on the slow PyTorch reference ({why})", SlowPathWarning, stacklevel=4)
+                    warnings.warn(
+                        f"{self.name} runs on the slow PyTorch reference ({why})", SlowPathWarning, stacklevel=4
+                    )
                 return backend
             reasons[backend.name] = reason
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it does not implement the op"

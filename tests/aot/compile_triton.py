@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles one Triton case for one architecture, without a GPU, and prints what came out as JSON.
+"""Compiles the Triton kernels of one op for one architecture, without a GPU, and prints a JSON list of their resources.
 
 A process of its own: tests run with TRITON_INTERPRET=1, under which kernels cannot be compiled.
 """
@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = pathlib.Path(__file__).parents[2]
+from .resources import ROOT, cached, read_amdgcn, read_cubin
 
 
 def load_kernels(op: str) -> types.ModuleType:
@@ -46,20 +46,37 @@ def compile_case(kernel, signature, constants, options, arch: str) -> dict:
         if signature[name].startswith("*") or (signature[name] == "i32" and "stride" in name)
     }
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
-    result = {"dots": dot_kinds(compiled.asm["ttir"]), "shared": compiled.metadata.shared}
     if arch.startswith("gfx"):
-        result["assembly"] = compiled.asm["amdgcn"]
+        entry = read_amdgcn(compiled.asm["amdgcn"])
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
-            file.write(compiled.asm["cubin"])
-        result["cubin"] = file.name
-    return result
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = pathlib.Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            (entry,) = read_cubin(cubin).values()
+    return entry | {"shared": compiled.metadata.shared, "dots": dot_kinds(compiled.asm["ttir"])}
+
+
+def main(op: str, arch: str) -> None:
+    entries = []
+    for name, kernel, signature, constants, options in load_kernels(op).aot_cases(arch):
+        signature = signature | dict.fromkeys(constants, "constexpr")
+        # cache_key is the hash of the kernel's source and of everything it calls.
+        key = [
+            kernel.cache_key,
+            signature,
+            constants,
+            options,
+            arch,
+            triton.__version__,
+            pathlib.Path(__file__).read_text(),
+        ]
+        try:
+            entry = cached(key, lambda: compile_case(kernel, signature, constants, options, arch))  # noqa: B023
+        except Exception as error:
+            raise RuntimeError(f"{op}/{name} does not compile for {arch}") from error
+        entries.append({"kernel": f"{op}/{name}", "arch": arch, "compiler": f"triton {triton.__version__}"} | entry)
+    print(json.dumps(entries))
 
 
 if __name__ == "__main__":
-    op, arch, *names = sys.argv[1:]
-    for name, kernel, signature, constants, options in load_kernels(op).aot_cases(arch):
-        if not names:
-            print(name)
-        elif name in names:
-            print(json.dumps(compile_case(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, options, arch)))
+    main(*sys.argv[1:])

@@ -4,9 +4,10 @@
     python -m tests.aot.resources              compile everything, print the table
     python -m tests.aot.resources --update     and write it to tests/aot/resources.json
 
-One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared memory in bytes; tensor-core
-instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's ``triton_kernels``, CUDA kernels from ``csrc/*/*.cu``.
-Results are cached under build/aot by the hash of everything they depend on.
+One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared
+memory in bytes; tensor-core instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's
+``triton_kernels``, CUDA kernels from ``csrc/*/*.cu``. Results are cached
+under build/aot by the hash of everything they depend on.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def _run(command, **options) -> str:
     return done.stdout
 
 
-def _cached(key_parts, compute):
+def cached(key_parts, compute):
+    """compute(), or what it gave when these parts of the key were last seen."""
     key = hashlib.sha256("\0".join(map(str, key_parts)).encode()).hexdigest()[:32]
     file = CACHE / f"{key}.json"
     if not file.exists():
@@ -76,7 +78,10 @@ def read_cubin(cubin: pathlib.Path) -> dict[str, dict]:
     for section in re.split(r"\n\s*Function : ", _run([TOOLS / "cuobjdump", "--dump-sass", cubin]))[1:]:
         name, _, body = section.partition("\n")
         if name.strip() in found:
-            found[name.strip()] |= {"local": len(re.findall(r"\b(?:LDL|STL)\b", body)), "mma": _count(MMA_OPCODES, body)}
+            found[name.strip()] |= {
+                "local": len(re.findall(r"\b(?:LDL|STL)\b", body)),
+                "mma": _count(MMA_OPCODES, body),
+            }
     return found
 
 
@@ -84,7 +89,6 @@ def read_amdgcn(assembly: str) -> dict:
     def number(field):
         return int(re.search(rf"\.{field}:\s*(\d+)", assembly).group(1))
 
-    # Spills to spare vector registers are free of memory; spills to memory show as scratch.
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
@@ -97,44 +101,18 @@ def _triton_ops() -> list[str]:
     return sorted(path.parent.name for path in (ROOT / "python/torch_kernels").glob("*/triton_kernels*"))
 
 
-def _triton_sources(op: str):
-    folder = ROOT / "python/torch_kernels" / op
-    return [*folder.glob("triton_kernels.py"), *folder.glob("triton_kernels/**/*.py")]
-
-
-def _triton(op: str, arch: str, *names) -> str:
+def _compile_triton(op: str, arch: str) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": tempfile.mkdtemp()}
-    try:
-        return _run([sys.executable, ROOT / "tests/aot/compile_triton.py", op, arch, *names], env=environment)
-    finally:
-        shutil.rmtree(environment["TRITON_CACHE_DIR"])
-
-
-def _compile_triton(op: str, name: str, arch: str) -> dict:
-    compiled = json.loads(_triton(op, arch, name))
-    if "assembly" in compiled:
-        entry = read_amdgcn(compiled["assembly"])
-    else:
-        cubin = pathlib.Path(compiled["cubin"])
-        (entry,) = read_cubin(cubin).values()
-        cubin.unlink()
-    return entry | {"shared": compiled["shared"], "dots": compiled["dots"]}
+    with tempfile.TemporaryDirectory() as triton_cache:
+        environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": triton_cache}
+        return json.loads(_run([sys.executable, "-m", "tests.aot.compile_triton", op, arch], env=environment, cwd=ROOT))
 
 
 def triton_jobs():
-    """(description, function giving entries) of every Triton case and architecture."""
+    """(description, function giving entries) of every op with Triton kernels and every architecture."""
     for op in _triton_ops():
-        sources = _contents([*_triton_sources(op), *pathlib.Path(__file__).parent.glob("*.py")])
         for arch in TRITON_ARCHS:
-            names = _cached([sources, triton.__version__, op, arch], functools.partial(lambda op, arch: _triton(op, arch).split(), op, arch))
-            for name in names:
-                def job(op=op, name=name, arch=arch, sources=sources):
-                    key = [sources, triton.__version__, op, arch, name]
-                    entry = _cached(key, lambda: _compile_triton(op, name, arch))
-                    return [{"kernel": f"{op}/{name}", "arch": arch, "compiler": f"triton {triton.__version__}"} | entry]
-
-                yield f"{name} {arch}", job
+            yield f"{op} {arch}", functools.partial(_compile_triton, op, arch)
 
 
 def nvcc_version() -> str | None:
@@ -151,28 +129,37 @@ def _compile_cuda(source: pathlib.Path, arch: str) -> dict:
 
 
 def _demangle(name: str) -> str:
-    readable = _run(["c++filt", name]).strip() if shutil.which("c++filt") else name
-    # The name and template arguments say which kernel it is; its parameters add nothing.
-    return re.sub(r"^void ", "", readable).rsplit("(", 1)[0] if readable.endswith(")") else readable
+    """The readable name with template arguments but without parameters, which add nothing."""
+    if not shutil.which("c++filt"):
+        return name
+    readable = _run(["c++filt", name]).strip().removeprefix("void ")
+    if not readable.endswith(")"):
+        return readable
+    depth = 0
+    for index in reversed(range(len(readable))):
+        depth += {")": 1, "(": -1}.get(readable[index], 0)
+        if depth == 0:
+            return readable[:index]
+    return readable
+
+
+def _cuda_entries(source: pathlib.Path, arch: str, version: str, headers: str) -> list[dict]:
+    key = [headers, source, source.read_text(), arch, version, pathlib.Path(__file__).read_text()]
+    kernels = cached(key, lambda: _compile_cuda(source, arch))
+    label = f"{source.parent.name}/{source.stem}"
+    return [
+        {"kernel": f"{label}: {_demangle(name)}", "arch": arch, "compiler": f"nvcc {version}"} | entry
+        for name, entry in kernels.items()
+    ]
 
 
 def cuda_jobs():
+    """The same for every CUDA source; none where nvcc is missing."""
     version = nvcc_version()
-    if version is None:
-        return
     headers = _contents([path for kind in ("h", "cuh") for path in (ROOT / "csrc").glob(f"**/*.{kind}")])
-    for source in sorted((ROOT / "csrc").glob("*/*.cu")):
+    for source in sorted((ROOT / "csrc").glob("*/*.cu")) if version else []:
         for arch in CUDA_ARCHS:
-            def job(source=source, arch=arch):
-                key = [headers, source, source.read_text(), arch, version, pathlib.Path(__file__).read_text()]
-                kernels = _cached(key, lambda: _compile_cuda(source, arch))
-                label = f"{source.parent.name}/{source.stem}"
-                return [
-                    {"kernel": f"{label}: {_demangle(name)}", "arch": arch, "compiler": f"nvcc {version}"} | entry
-                    for name, entry in kernels.items()
-                ]
-
-            yield f"{source.name} {arch}", job
+            yield f"{source.name} {arch}", functools.partial(_cuda_entries, source, arch, version, headers)
 
 
 def collect(jobs, workers: int = 2, report=None) -> list[dict]:
@@ -199,9 +186,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="write tests/aot/resources.json")
     arguments = parser.parse_args()
-    entries = collect([*triton_jobs(), *cuda_jobs()], os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True))
+    entries = collect(
+        [*triton_jobs(), *cuda_jobs()], os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True)
+    )
     for entry in entries:
-        print("{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared  {kernel}  {mma}".format(**entry))
+        numbers = "{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared".format(**entry)
+        print(f"{numbers}  {entry['kernel']}  {entry['mma']}")
     if arguments.update:
         write_table(entries)
 

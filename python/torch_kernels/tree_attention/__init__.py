@@ -269,7 +269,8 @@ def tree_compact_kv_(
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     r"""Joins attention over two disjoint sets of keys:
     :math:`\mathrm{lse} = \ln(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b})`,
-    :math:`\mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}} \mathrm{out}_a + e^{\mathrm{lse}_b - \mathrm{lse}} \mathrm{out}_b`.
+    :math:`\mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}} \mathrm{out}_a +
+    e^{\mathrm{lse}_b - \mathrm{lse}} \mathrm{out}_b`.
 
     Args:
         out_a: ``[.., T, H, Dv]``, any float dtype (packed ``[N, H, Dv]`` too).

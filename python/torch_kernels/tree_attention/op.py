@@ -20,25 +20,34 @@ MAX_NODES = 1024
 MAX_HEAD_SIZE = 256
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.int8)
+FLOATING_AND_QUANTISED = (*_checks.FLOATING, *QUANTISED)
 
 
-def _backends(name: str) -> tuple[Backend, ...]:
+def _backends(name: str, dtypes: tuple[torch.dtype, ...]) -> tuple[Backend, ...]:
+    """The backends of an op; dtypes are those of its floating-point arguments and caches."""
+
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.tree_attention.triton_kernels"), name)
 
-    cpu_dtypes, gpu_dtypes = (*_checks.FLOATING, *QUANTISED), (*HALF_AND_SINGLE, *QUANTISED)
+    on_gpu = tuple(dtype for dtype in dtypes if dtype != torch.float64)
     return (
-        Backend("cpu", native("cpu", name), cpu_dtypes),
-        Backend("cuda", native("cuda", name), gpu_dtypes, unit_stride=True),
-        Backend("triton", triton, gpu_dtypes),
-        Backend("emulator", native("emulator", name), gpu_dtypes, unit_stride=True),
-        Backend("reference", lambda: getattr(reference, name), cpu_dtypes),
+        Backend("cpu", native("cpu", name), dtypes),
+        Backend("cuda", native("cuda", name), on_gpu, unit_stride=True),
+        Backend("triton", triton, on_gpu),
+        Backend("emulator", native("emulator", name), on_gpu, unit_stride=True),
+        Backend("reference", lambda: getattr(reference, name), dtypes),
     )
 
 
-def _op(schema: str, check: Callable[..., None], allocate: Callable[..., Any], validate: Callable[..., None]) -> Op:
+def _op(
+    schema: str,
+    check: Callable[..., None],
+    allocate: Callable[..., Any],
+    validate: Callable[..., None],
+    dtypes: tuple[torch.dtype, ...] = (),
+) -> Op:
     name = schema.partition("(")[0]
-    return Op(schema, partial(check, name), allocate, _backends(name), partial(validate, name))
+    return Op(schema, partial(check, name), allocate, _backends(name, dtypes), partial(validate, name))
 
 
 def _floating(op: str, reference: Tensor, **tensors: Tensor | None) -> None:
@@ -61,7 +70,9 @@ def _check_caches(op: str, dims: dict[str, int], k_cache: Tensor, v_cache: Tenso
         _checks.fail(op, "k_cache", "pages of at least one slot", f"shape {list(k_cache.shape)}")
 
 
-def _check_scales(op: str, dims: dict[str, int], dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, **scales: Tensor | None) -> None:
+def _check_scales(
+    op: str, dims: dict[str, int], dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, **scales: Tensor | None
+) -> None:
     """Caches hold q's dtype, or both the same quantised dtype with a scale each."""
     _checks.dtype(op, (dtype, *QUANTISED), k_cache=k_cache)
     _checks.dtype(op, (k_cache.dtype,), v_cache=v_cache)
@@ -80,8 +91,23 @@ def _check_head_sizes(op: str, dims: dict[str, int]) -> None:
             _checks.fail(op, f"head size {name}", f"a multiple of 8 up to {MAX_HEAD_SIZE}", size)
 
 
-def _check_tree_attention(op: str, q: Any, k_cache: Any, v_cache: Any, prefix_lens: Any, parents: Any, k_tree: Any, v_tree: Any,
-                          block_table: Any, scale: Any, softcap: float, window: int, sinks: Any, k_scale: Any, v_scale: Any) -> None:
+def _check_tree_attention(
+    op: str,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    prefix_lens: Any,
+    parents: Any,
+    k_tree: Any,
+    v_tree: Any,
+    block_table: Any,
+    scale: Any,
+    softcap: float,
+    window: int,
+    sinks: Any,
+    k_scale: Any,
+    v_scale: Any,
+) -> None:
     dims: dict[str, int] = {}
     _checks.shape(op, dims, q=(q, "B T Hq D"))
     _check_caches(op, dims, k_cache, v_cache, block_table)
@@ -92,8 +118,20 @@ def _check_tree_attention(op: str, q: Any, k_cache: Any, v_cache: Any, prefix_le
     _check_scales(op, dims, q.dtype, k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
     _checks.dtype(op, _checks.INDEX, prefix_lens=prefix_lens, parents=parents)
     _checks.dtype(op, (torch.float32,), sinks=sinks)
-    _checks.same_device(op, q, k_cache=k_cache, v_cache=v_cache, prefix_lens=prefix_lens, parents=parents, k_tree=k_tree, v_tree=v_tree,
-                        block_table=block_table, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    _checks.same_device(
+        op,
+        q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        prefix_lens=prefix_lens,
+        parents=parents,
+        k_tree=k_tree,
+        v_tree=v_tree,
+        block_table=block_table,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
     _check_head_sizes(op, dims)
     if dims["T"] > MAX_NODES:
         _checks.fail(op, "T", f"at most {MAX_NODES} nodes", dims["T"])
@@ -108,20 +146,30 @@ def _check_tree_attention(op: str, q: Any, k_cache: Any, v_cache: Any, prefix_le
 
 
 def _allocate_tree_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, nodes, heads, _ = q.shape
+    batch, nodes, heads = q.shape[:3]
     return q.new_empty((batch, nodes, heads, v_cache.shape[3])), q.new_empty((batch, heads, nodes), dtype=torch.float32)
 
 
-def _validate_tree_attention(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_lens: Tensor, parents: Tensor,
-                             k_tree: Tensor | None, v_tree: Tensor | None, block_table: Tensor | None, *_: Any) -> None:
+def _validate_tree_attention(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prefix_lens: Tensor,
+    parents: Tensor,
+    k_tree: Tensor | None,
+    v_tree: Tensor | None,
+    block_table: Tensor | None,
+    *_: Any,
+) -> None:
     _native.cpu.validate_tree(op, parents, k_cache, block_table, prefix_lens, k_tree is None)
 
 
 tree_attention = _op(
-    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_lens, Tensor parents, *, Tensor? k_tree=None, "
-    "Tensor? v_tree=None, Tensor? block_table=None, float? scale=None, float softcap=0.0, int window=0, Tensor? sinks=None, "
-    "Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor out, Tensor lse)",
-    _check_tree_attention, _allocate_tree_attention, _validate_tree_attention,
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_lens, Tensor parents, *, "
+    "Tensor? k_tree=None, Tensor? v_tree=None, Tensor? block_table=None, float? scale=None, float softcap=0.0, "
+    "int window=0, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor out, Tensor lse)",
+    _check_tree_attention, _allocate_tree_attention, _validate_tree_attention, FLOATING_AND_QUANTISED,
 )  # fmt: skip
 
 
@@ -164,7 +212,9 @@ def _check_verify(op: str, draft_tokens: Any, parents: Any, uniforms: Any, **oth
     dims["T+1"] = dims["T"] + 1
     _checks.shape(op, dims, uniforms=(uniforms, "B T+1"))
     _checks.dtype(op, (torch.float32, torch.float64), uniforms=uniforms)
-    _checks.same_device(op, draft_tokens, parents=parents, uniforms=uniforms, **{name: value for name, (value, _) in others.items()})
+    _checks.same_device(
+        op, draft_tokens, parents=parents, uniforms=uniforms, **{name: value for name, (value, _) in others.items()}
+    )
 
 
 def _check_verify_greedy(op: str, draft_tokens: Any, target_tokens: Any, parents: Any) -> None:
@@ -172,8 +222,16 @@ def _check_verify_greedy(op: str, draft_tokens: Any, target_tokens: Any, parents
     _checks.dtype(op, _checks.INDEX, target_tokens=target_tokens)
 
 
-def _check_verify_typical(op: str, draft_tokens: Any, target_logits: Any, parents: Any, temperature: float, epsilon: float, delta: float,
-                          uniforms: Any) -> None:
+def _check_verify_typical(
+    op: str,
+    draft_tokens: Any,
+    target_logits: Any,
+    parents: Any,
+    temperature: float,
+    epsilon: float,
+    delta: float,
+    uniforms: Any,
+) -> None:
     _check_verify(op, draft_tokens, parents, uniforms, target_logits=(target_logits, "B T V"))
     _floating(op, target_logits, target_logits=target_logits)
     if not temperature > 0:
@@ -183,9 +241,12 @@ def _check_verify_typical(op: str, draft_tokens: Any, target_logits: Any, parent
             _checks.fail(op, name, "at least 0", value)
 
 
-def _check_verify_sampling(op: str, draft_tokens: Any, target_probs: Any, parents: Any, uniforms: Any, draft_probs: Any,
-                           replacement: bool) -> None:
-    _check_verify(op, draft_tokens, parents, uniforms, target_probs=(target_probs, "B T V"), draft_probs=(draft_probs, "B T V"))
+def _check_verify_sampling(
+    op: str, draft_tokens: Any, target_probs: Any, parents: Any, uniforms: Any, draft_probs: Any, replacement: bool
+) -> None:
+    _check_verify(
+        op, draft_tokens, parents, uniforms, target_probs=(target_probs, "B T V"), draft_probs=(draft_probs, "B T V")
+    )
     _floating(op, target_probs, target_probs=target_probs)
     _floating(op, target_probs, draft_probs=draft_probs) if draft_probs is not None else None
 
@@ -201,34 +262,50 @@ def _validate_verify(op: str, draft_tokens: Tensor, target: Tensor, parents: Ten
 
 
 tree_verify_greedy = _op(
-    "tree_verify_greedy(Tensor draft_tokens, Tensor target_tokens, Tensor parents) -> (Tensor path, Tensor num_accepted, Tensor tokens)",
+    "tree_verify_greedy(Tensor draft_tokens, Tensor target_tokens, Tensor parents) -> "
+    "(Tensor path, Tensor num_accepted, Tensor tokens)",
     _check_verify_greedy, _allocate_verify, _validate_verify,
 )  # fmt: skip
 
 tree_verify_typical = _op(
-    "tree_verify_typical(Tensor draft_tokens, Tensor target_logits, Tensor parents, *, float temperature, float epsilon, float delta, "
-    "Tensor? uniforms=None) -> (Tensor path, Tensor num_accepted, Tensor tokens)",
-    _check_verify_typical, _allocate_verify, _validate_verify,
+    "tree_verify_typical(Tensor draft_tokens, Tensor target_logits, Tensor parents, *, float temperature, "
+    "float epsilon, float delta, Tensor? uniforms=None) -> (Tensor path, Tensor num_accepted, Tensor tokens)",
+    _check_verify_typical, _allocate_verify, _validate_verify, _checks.FLOATING,
 )  # fmt: skip
 
 tree_verify_sampling = _op(
-    "tree_verify_sampling(Tensor draft_tokens, Tensor target_probs, Tensor parents, Tensor uniforms, *, Tensor? draft_probs=None, "
-    "bool replacement=True) -> (Tensor path, Tensor num_accepted, Tensor tokens)",
-    _check_verify_sampling, _allocate_verify, _validate_verify,
+    "tree_verify_sampling(Tensor draft_tokens, Tensor target_probs, Tensor parents, Tensor uniforms, *, "
+    "Tensor? draft_probs=None, bool replacement=True) -> (Tensor path, Tensor num_accepted, Tensor tokens)",
+    _check_verify_sampling, _allocate_verify, _validate_verify, _checks.FLOATING,
 )  # fmt: skip
 
 
 # ---- cache ----
 
 
-def _check_path(op: str, dims: dict[str, int], cache: Tensor, prefix_lens: Any, path: Any, num_accepted: Any, block_table: Any) -> None:
+def _check_path(
+    op: str, dims: dict[str, int], cache: Tensor, prefix_lens: Any, path: Any, num_accepted: Any, block_table: Any
+) -> None:
     _checks.shape(op, dims, prefix_lens=(prefix_lens, "B"), path=(path, "B T"), num_accepted=(num_accepted, "B"))
     _checks.dtype(op, _checks.INDEX, prefix_lens=prefix_lens, path=path, num_accepted=num_accepted)
-    _checks.same_device(op, cache, prefix_lens=prefix_lens, path=path, num_accepted=num_accepted, block_table=block_table)
+    _checks.same_device(
+        op, cache, prefix_lens=prefix_lens, path=path, num_accepted=num_accepted, block_table=block_table
+    )
 
 
-def _check_commit(op: str, k_cache: Any, v_cache: Any, k_tree: Any, v_tree: Any, prefix_lens: Any, path: Any, num_accepted: Any,
-                  block_table: Any, k_scale: Any, v_scale: Any) -> None:
+def _check_commit(
+    op: str,
+    k_cache: Any,
+    v_cache: Any,
+    k_tree: Any,
+    v_tree: Any,
+    prefix_lens: Any,
+    path: Any,
+    num_accepted: Any,
+    block_table: Any,
+    k_scale: Any,
+    v_scale: Any,
+) -> None:
     dims: dict[str, int] = {}
     _check_caches(op, dims, k_cache, v_cache, block_table)
     _checks.shape(op, dims, k_tree=(k_tree, "B T Hk D"), v_tree=(v_tree, "B T Hk Dv"))
@@ -238,35 +315,54 @@ def _check_commit(op: str, k_cache: Any, v_cache: Any, k_tree: Any, v_tree: Any,
     _checks.same_device(op, k_cache, v_cache=v_cache, k_tree=k_tree, v_tree=v_tree, k_scale=k_scale, v_scale=v_scale)
 
 
-def _validate_commit(op: str, k_cache: Tensor, v_cache: Tensor, k_tree: Tensor, v_tree: Tensor, prefix_lens: Tensor, path: Tensor,
-                     num_accepted: Tensor, block_table: Tensor | None, *_: Any) -> None:
+def _validate_commit(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_tree: Tensor,
+    v_tree: Tensor,
+    prefix_lens: Tensor,
+    path: Tensor,
+    num_accepted: Tensor,
+    block_table: Tensor | None,
+    *_: Any,
+) -> None:
     _native.cpu.validate_path(op, k_cache, block_table, prefix_lens, path, num_accepted, k_tree.shape[1], False)
 
 
-def _check_compact(op: str, k_cache: Any, v_cache: Any, prefix_lens: Any, path: Any, num_accepted: Any, block_table: Any) -> None:
+def _check_compact(
+    op: str, k_cache: Any, v_cache: Any, prefix_lens: Any, path: Any, num_accepted: Any, block_table: Any
+) -> None:
     dims: dict[str, int] = {}
     _check_caches(op, dims, k_cache, v_cache, block_table)
-    _checks.dtype(op, (*_checks.FLOATING, *QUANTISED), k_cache=k_cache)
+    _checks.dtype(op, FLOATING_AND_QUANTISED, k_cache=k_cache)
     _checks.dtype(op, (k_cache.dtype,), v_cache=v_cache)
     _check_path(op, dims, k_cache, prefix_lens, path, num_accepted, block_table)
     _checks.same_device(op, k_cache, v_cache=v_cache)
 
 
-def _validate_compact(op: str, k_cache: Tensor, v_cache: Tensor, prefix_lens: Tensor, path: Tensor, num_accepted: Tensor,
-                      block_table: Tensor | None) -> None:
+def _validate_compact(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prefix_lens: Tensor,
+    path: Tensor,
+    num_accepted: Tensor,
+    block_table: Tensor | None,
+) -> None:
     _native.cpu.validate_path(op, k_cache, block_table, prefix_lens, path, num_accepted, path.shape[1], True)
 
 
 tree_commit_kv_ = _op(
-    "tree_commit_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_tree, Tensor v_tree, Tensor prefix_lens, Tensor path, "
-    "Tensor num_accepted, *, Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
-    _check_commit, lambda *_: (), _validate_commit,
+    "tree_commit_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_tree, Tensor v_tree, Tensor prefix_lens, "
+    "Tensor path, Tensor num_accepted, *, Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    _check_commit, lambda *_: (), _validate_commit, FLOATING_AND_QUANTISED,
 )  # fmt: skip
 
 tree_compact_kv_ = _op(
-    "tree_compact_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor prefix_lens, Tensor path, Tensor num_accepted, *, "
-    "Tensor? block_table=None) -> ()",
-    _check_compact, lambda *_: (), _validate_compact,
+    "tree_compact_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor prefix_lens, Tensor path, "
+    "Tensor num_accepted, *, Tensor? block_table=None) -> ()",
+    _check_compact, lambda *_: (), _validate_compact, FLOATING_AND_QUANTISED,
 )  # fmt: skip
 
 
@@ -279,10 +375,13 @@ def _check_merge(op: str, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Non
     _floating(op, out_a, out_a=out_a, out_b=out_b)
     _checks.dtype(op, (torch.float32,), lse_a=lse_a, lse_b=lse_b)
     *lead, rows, heads, _ = out_a.shape
-    for name, value, expected in (("out_b", out_b, list(out_a.shape)), ("lse_a", lse_a, [*lead, heads, rows]),
-                                  ("lse_b", lse_b, [*lead, heads, rows])):
+    for name, value, expected in (
+        ("out_b", out_b, list(out_a.shape)),
+        ("lse_a", lse_a, [*lead, heads, rows]),
+        ("lse_b", lse_b, [*lead, heads, rows]),
+    ):
         if list(value.shape) != expected:
-            _checks.fail(op, name, expected, f"shape {list(value.shape)}")
+            _checks.fail(op, name, str(expected), f"shape {list(value.shape)}")
     _checks.same_device(op, out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
 
 
@@ -307,5 +406,5 @@ def _with_one_batch_dimension(backend: Backend) -> Backend:
 merge_attention_states = Op(
     "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
     partial(_check_merge, "merge_attention_states"), _allocate_merge,
-    [_with_one_batch_dimension(b) for b in _backends("merge_attention_states")],
+    [_with_one_batch_dimension(b) for b in _backends("merge_attention_states", _checks.FLOATING)],
 )  # fmt: skip

@@ -81,7 +81,7 @@ def tree_attention(
         first, second, exists = _locate(k_cache, block_table, torch.full_like(slots, b), slots)
         keys = _dequantise(k_cache[first, second], k_scale, accumulate)  # [N, Hk, D]
         values = _dequantise(v_cache[first, second], v_scale, accumulate)
-        if k_tree is not None:
+        if k_tree is not None and v_tree is not None:
             keys = torch.cat([keys, k_tree[b].to(accumulate)])
             values = torch.cat([values, v_tree[b].to(accumulate)])
             exists = torch.cat([exists, exists.new_ones(nodes)])
@@ -275,7 +275,7 @@ def tree_verify_sampling(
         usable = rejected & (remainder.sum(-1) > 0)
         r = torch.where(usable[:, None], _normalise(remainder), r)
         r = torch.where(accepted[:, None], _normalise(target[:, c]), r)
-        if q is not None:
+        if q is not None and draft is not None:
             if not replacement:
                 q = torch.where(rejected[:, None], _normalise(q.masked_fill(one_hot, 0)), q)
             q = torch.where(accepted[:, None], _normalise(draft[:, c]), q)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree attention in Triton: every op of the family, for GPUs without our compiled kernels and for large tiles on those with.
+"""Tree attention in Triton: every op of the family, for GPUs without our compiled kernels and for large tiles.
 
-Launchers take the outputs first and then all arguments of the op's schema in order. ``aot_cases(arch)`` lists kernel instances
-(name, kernel, signature, constants, options) that the tests compile ahead of time for sm_80 .. sm_120 and gfx942.
+Launchers take the outputs first and then all arguments of the op's schema in order. ``aot_cases(arch)`` lists kernel
+instances (name, kernel, signature, constants, options) that the tests compile ahead of time for sm_80 .. sm_120 and
+gfx942.
 """
 
 from . import attention, cache, tree, verify

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of tree nodes to the cached prefix and to their ancestors.
 
-The T*G rows that share a key/value head (T nodes, G query heads per key/value head) are packed into tiles of BLOCK_M, so that each tile of
-keys is loaded once for all of them. A program handles one such tile and one split of the prefix, in four steps: prefix tiles every row sees
-in full, without any mask; prefix tiles at the window's edge and at the prefix's end; and, in the last split, tree tiles from the last to
-the first, whose mask comes from walking up the parents. A second kernel joins the splits.
+The T*G rows that share a key/value head (T nodes, G query heads per key/value head) are packed into tiles of BLOCK_M,
+so that each tile of keys is loaded once for all of them. A program handles one such tile and one split of the prefix,
+in
+three steps: prefix tiles every row sees in full, without any mask; prefix tiles at the window's edge and at the
+prefix's
+end; and, in the last split, tree tiles from the last to the first, whose mask comes from walking up the parents. A
+second kernel joins the splits.
 
-Scores are kept in base 2: ``exp(x) = exp2(x * log2(e))``. Splits depend on the row's own prefix and on the head configuration only.
+Scores are kept in base 2: ``exp(x) = exp2(x * log2(e))``. Splits depend on the row's own prefix and on the head
+configuration only.
 """
 
 import math
@@ -21,20 +25,22 @@ from .tree import depth_of, mark_ancestors, on_device, parent_of
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# A split holds at least this many keys: writing and reading a row's partial result costs as much as reading about Dv/D * 4 keys.
+# A split holds at least this many keys, to keep the traffic of partial results small against that of the keys.
 MIN_SPLIT = 512
-# Programs that fill the GPUs this is written for. A constant, so that every device splits alike and gives the same sums.
+# Programs that fill the GPUs this is written for. A constant, so that every device splits alike.
 TARGET_PROGRAMS = 128
 COMBINE_ROWS = 8
 
 
 @triton.jit
-def _tanh(x):
-    decay = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    far = (1 - decay) / (1 + decay)
-    square = x * x
-    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+def _tanh(x, EXACT: tl.constexpr):
+    """tanh to 1e-7; EXACT keeps the relative error of small arguments, too."""
+    result = 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1)
+    if EXACT:
+        square = x * x
+        near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        result = tl.where(tl.abs(x) < 0.3, near, result)
+    return result
 
 
 @triton.jit
@@ -79,9 +85,9 @@ def _load_tile(base, offsets, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, M
     column = tl.arange(0, BLOCK)
     pointers = base + offsets[:, None] + column[None, :]
     if MASKED:
-        tile = tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0)
+        tile = tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0.0)
     elif SIZE < BLOCK:
-        tile = tl.load(pointers, mask=(column < SIZE)[None, :], other=0)
+        tile = tl.load(pointers, mask=(column < SIZE)[None, :], other=0.0)
     else:
         tile = tl.load(pointers)
     return tile
@@ -92,7 +98,8 @@ def _scores(
     q, q_tile, q_offset, q_exists, base, offset, exists,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of the query rows with the keys at base + offset. float32 goes through the head size in chunks, which its registers hold."""
+    """Products of the query rows with the keys at base + offset; float32 takes the head size in chunks, to spare
+    registers."""
     if CHUNK == BLOCK:
         k = _decode(_load_tile(base, offset, exists, SIZE, BLOCK, MASKED), q_tile.dtype)
         scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
@@ -101,15 +108,16 @@ def _scores(
         for first in range(0, SIZE, CHUNK):
             d = first + tl.arange(0, CHUNK)
             inside = (d < SIZE)[None, :]
-            q_chunk = tl.load(q + q_offset[:, None] + d[None, :], mask=q_exists[:, None] & inside, other=0)
-            k_chunk = tl.load(base + offset[:, None] + d[None, :], mask=exists[:, None] & inside, other=0)
+            q_chunk = tl.load(q + q_offset[:, None] + d[None, :], mask=q_exists[:, None] & inside, other=0.0)
+            k_chunk = tl.load(base + offset[:, None] + d[None, :], mask=exists[:, None] & inside, other=0.0)
             scores = tl.dot(q_chunk, tl.trans(_decode(k_chunk, q_chunk.dtype)), scores, input_precision=PRECISION)
     return scores
 
 
 @triton.jit
 def _finite(v):
-    """v with NaN and infinities replaced by 0, and whether there were any. Zero times them would reach rows that do not see their key."""
+    """v with 0 for NaN and infinities, and whether there were any. Zero times them would reach rows that do not see
+    them."""
     special = (v != v) | (tl.abs(v) == float("inf"))
     return tl.where(special, 0.0, v).to(v.dtype), tl.max(tl.max(special.to(tl.int32), axis=1), axis=0)
 
@@ -122,7 +130,7 @@ def _attend(
     """One step of online softmax."""
     scores *= score_scale
     if HAS_SOFTCAP:
-        scores = softcap * LOG2E * _tanh(scores / softcap)
+        scores = softcap * LOG2E * _tanh(scores / softcap, v.dtype == tl.float32)
     if MASKED:
         scores = tl.where(visible, scores, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -142,19 +150,21 @@ def _add_special(results, offset, v, seen, DV: tl.constexpr, BLOCK_DV: tl.conste
     special = (v != v) | (tl.abs(v) == float("inf"))
     affected = seen[:, None] & (special & (d < DV))[None, :]
     target = results + offset[:, None] + d[None, :]
-    result = tl.load(target, mask=affected, other=0).to(tl.float32) + v[None, :]
+    result = tl.load(target, mask=affected, other=0.0).to(tl.float32) + v[None, :]
     tl.store(target, result.to(results.dtype.element_ty), mask=affected)
 
 
 @triton.jit(do_not_specialize=["window", "nodes", "capacity", "pages", "max_splits", "split_capacity", "table_stride"])
 def tree_attention_kernel(
-    out, lse, partial_out, partial_lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, block_table, sinks, k_scale, v_scale,
+    out, lse, partial_out, partial_lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, block_table, sinks,
+    k_scale, v_scale,
     scale, softcap, window, nodes, capacity, pages, max_splits, split_capacity, table_stride,
     out_stride_b, out_stride_t, out_stride_h, q_stride_b, q_stride_t, q_stride_h,
     k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     kt_stride_b, kt_stride_t, kt_stride_h, vt_stride_b, vt_stride_t, vt_stride_h,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, MIN_KEYS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    MIN_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles * splits, key/value heads, batch). PAGE = 0 is a contiguous cache; scales are per head."""
@@ -201,7 +211,7 @@ def tree_attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if sinks is not None:
+    if sinks is not None:  # noqa: SIM102 (known at compile time, unlike the next)
         if split == 0:
             peak = tl.load(sinks + query_head).to(tl.float32) * LOG2E
             total = tl.where(peak == -float("inf"), 0.0, 1.0)
@@ -212,33 +222,39 @@ def tree_attention_kernel(
         slot = begin + tile * BLOCK_N + column
         k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
         v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
-        scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, PAGE > 0, PRECISION)
+        scores = _scores(
+            q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, PAGE > 0, PRECISION
+        )
         v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, PAGE > 0), q_tile.dtype)
         acc, peak, total = _attend(
             scores, v, exists[None, :], acc, peak, total, cache_scale, softcap, PAGE > 0, HAS_SOFTCAP, PRECISION
         )
 
     # The tiles left out: those before full_begin, and the last one when the prefix ends inside it.
-    for step in range(0, tiles - (full_end - full_begin)):
+    for step in range(tiles - (full_end - full_begin)):
         tile = tl.where(step < full_begin, step, tiles - 1)
         slot = begin + tile * BLOCK_N + column
         k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
         v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
-        scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
+        scores = _scores(
+            q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION
+        )
         v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True), q_tile.dtype)
         visible = exists[None, :]
         if HAS_WINDOW:
             visible = visible & (prefix + depth[:, None] - slot[None, :] < window)
             v, found = _finite(v)
             special = tl.maximum(special, found)
-        acc, peak, total = _attend(scores, v, visible, acc, peak, total, cache_scale, softcap, True, HAS_SOFTCAP, PRECISION)
+        acc, peak, total = _attend(
+            scores, v, visible, acc, peak, total, cache_scale, softcap, True, HAS_SOFTCAP, PRECISION
+        )
 
     if k_scale is not None:
         value_scale = tl.load(v_scale + head)
         if k_tree is not None:
             acc *= value_scale
 
-    # Tree tiles from the last to the first. An ancestor one step up is one position back, so the window is a number of steps.
+    # Tree tiles from the last to the first. One step up is one position back, so the window is a number of steps.
     # Padding rows have seen the prefix as all rows do: they start again from nothing and see no node.
     total = tl.where(depth >= 0, total, 0.0)
     peak = tl.where(depth >= 0, peak, -float("inf"))
@@ -246,9 +262,9 @@ def tree_attention_kernel(
     reach = tl.zeros_like(node) + nodes
     if HAS_WINDOW:
         reach = tl.zeros_like(node) + tl.minimum(window, nodes)
-    last = tl.max(walker, axis=0)
-    while last >= 0:
-        first = last // BLOCK_N * BLOCK_N
+    tree_tiles = tl.cdiv(tl.max(walker, axis=0) + 1, BLOCK_N)
+    for step in tl.range(0, tree_tiles, num_stages=1):
+        first = (tree_tiles - 1 - step) * BLOCK_N
         visible, walker, reach = mark_ancestors(parents, walker, reach, first, BLOCK_M, BLOCK_N)
         key = first + column
         if k_tree is not None:
@@ -256,7 +272,9 @@ def tree_attention_kernel(
             k_base = k_tree + batch * kt_stride_b + head * kt_stride_h
             v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
             k_offset = key.to(tl.int64) * kt_stride_t
-            scores = _scores(q, q_tile, q_offset, node < nodes, k_base, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
+            scores = _scores(
+                q, q_tile, q_offset, node < nodes, k_base, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION
+            )
             v = _load_tile(v_base, key.to(tl.int64) * vt_stride_t, exists, DV, BLOCK_DV, True)
             score_scale = tree_scale
         else:
@@ -264,16 +282,19 @@ def tree_attention_kernel(
             wanted = (key < nodes) & (slot < capacity)
             k_offset, exists = _locate(slot, wanted, block_table, pages, k_stride_b, k_stride_s, PAGE)
             v_offset, exists = _locate(slot, wanted, block_table, pages, v_stride_b, v_stride_s, PAGE)
-            scores = _scores(q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION)
+            scores = _scores(
+                q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION
+            )
             v = _load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True)
             score_scale = cache_scale
         v, found = _finite(_decode(v, q_tile.dtype))
         special = tl.maximum(special, found)
         visible = visible & exists[None, :]
-        acc, peak, total = _attend(scores, v, visible, acc, peak, total, score_scale, softcap, True, HAS_SOFTCAP, PRECISION)
-        last = tl.max(walker, axis=0)
+        acc, peak, total = _attend(
+            scores, v, visible, acc, peak, total, score_scale, softcap, True, HAS_SOFTCAP, PRECISION
+        )
 
-    if k_scale is not None:
+    if k_scale is not None:  # noqa: SIM102 (what is None is known at compile time)
         if k_tree is None:
             acc *= value_scale
 
@@ -303,21 +324,25 @@ def tree_attention_kernel(
     if special > 0:
         tl.debug_barrier()
         depth = depth_of(parents, tl.where(node < nodes, node, -2))
-        for tile in range(0, full_begin):
-            for step in range(0, BLOCK_N):
+        for tile in range(full_begin):
+            for step in range(BLOCK_N):
                 slot = begin + tile * BLOCK_N + step + d * 0
                 v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
-                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0.0), q_tile.dtype).to(
+                    tl.float32
+                )
                 seen = (depth >= 0) & (prefix + depth - (begin + tile * BLOCK_N + step) < window)
                 _add_special(results, offset, v, seen, DV, BLOCK_DV)
-        for key in range(0, tl.where(split == splits - 1, nodes, 0)):
+        for key in range(tl.where(split == splits - 1, nodes, 0)):
             if k_tree is not None:
                 v_base = v_tree + batch * vt_stride_b + head * vt_stride_h
-                v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0).to(tl.float32)
+                v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0.0).to(tl.float32)
             else:
                 slot = prefix + key + d * 0
                 v_offset, exists = _locate(slot, slot < capacity, block_table, pages, v_stride_b, v_stride_s, PAGE)
-                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0), q_tile.dtype).to(tl.float32)
+                v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0.0), q_tile.dtype).to(
+                    tl.float32
+                )
             walker = tl.where(depth >= 0, node, -2)
             steps = tl.zeros_like(node)
             while tl.max(walker, axis=0) > key:
@@ -379,16 +404,24 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def attention_config(rows: int, head_size: int, value_size: int, element_size: int, arch: str) -> Config:
-    """Tiles for `rows` packed rows per key/value head; element_size is that of the queries. The largest that do not spill registers."""
+def attention_config(
+    rows: int, head_size: int, value_size: int, element_size: int, quantised: bool, softcap: bool, arch: str
+) -> Config:
+    """The largest tiles that do not spill, for `rows` packed rows per key/value head; element_size is the queries'."""
     widest = max(triton.next_power_of_2(head_size), triton.next_power_of_2(value_size))
     if element_size == 4:
         # Full float32 products run on the ordinary cores, where registers bound the tile.
         return Config(16, 16, 4 if widest <= 128 else 8, 1)
-    large = arch in ("sm_90", "sm_100")
-    block_m = min(max(triton.next_power_of_2(rows), 16), 128 if widest <= 128 else 64)
-    block_n = 64 if arch == "sm_90" and widest <= 128 else 32
-    return Config(block_m, block_n, 8 if block_m * widest > 64 * 64 else 4, 3 if large else 2)
+    block_m = max(triton.next_power_of_2(rows), 16)
+    if arch in ("sm_90", "sm_100"):
+        block_m = min(block_m, 128 if widest <= 128 else 64)
+        wide_keys = widest <= 128 and (block_m == 16 or (arch == "sm_90" and not quantised))
+        return Config(block_m, 64 if wide_keys else 32, 8 if block_m * widest > 64 * 64 else 4, 3)
+    if widest > 128:
+        return Config(min(block_m, 32), 16, 4, 2)
+    # Tiles of 64 rows spill where those of 128, with twice the warps, do not.
+    block_m = 128 if block_m >= 128 and not softcap else min(block_m, 32)
+    return Config(block_m, 64 if block_m == 16 else 32, 8 if block_m == 128 else 4, 2)
 
 
 def chunk(head_size: int, element_size: int) -> int:
@@ -415,7 +448,8 @@ def last_stride_one(x):
 
 
 def tree_attention(
-    out, lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, block_table, scale, softcap, window, sinks, k_scale, v_scale
+    out, lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, block_table, scale, softcap, window, sinks,
+    k_scale, v_scale
 ):  # fmt: skip
     batch, nodes, query_heads, head_size = q.shape
     kv_heads, value_size = v_cache.shape[2:]
@@ -425,7 +459,9 @@ def tree_attention(
     paged = block_table is not None
     page = max(k_cache.shape[1], 1) if paged else 0
     capacity = block_table.shape[1] * k_cache.shape[1] if paged else k_cache.shape[1]
-    config = attention_config(nodes * group, head_size, value_size, q.element_size(), architecture(q.device))
+    config = attention_config(
+        nodes * group, head_size, value_size, q.element_size(), k_scale is not None, softcap > 0, architecture(q.device)
+    )
 
     row_tiles = triton.cdiv(nodes * group, config.block_m)
     max_splits = max(TARGET_PROGRAMS // (kv_heads * row_tiles), 1)
@@ -433,7 +469,9 @@ def tree_attention(
     split_capacity = max(min(max_splits, triton.cdiv(reachable, MIN_SPLIT)), 1)
     partial_out = partial_lse = None
     if split_capacity > 1:
-        partial_out = torch.empty(batch, kv_heads, split_capacity, nodes * group, value_size, dtype=torch.float32, device=q.device)
+        partial_out = torch.empty(
+            batch, kv_heads, split_capacity, nodes * group, value_size, dtype=torch.float32, device=q.device
+        )
         partial_lse = torch.empty(batch, kv_heads, split_capacity, nodes * group, dtype=torch.float32, device=q.device)
 
     q, k_cache, v_cache, k_tree, v_tree = map(last_stride_one, (q, k_cache, v_cache, k_tree, v_tree))
@@ -448,54 +486,105 @@ def tree_attention(
         tree_attention_kernel[(row_tiles * split_capacity, kv_heads, batch)](
             out, lse, partial_out, partial_lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, table,
             sinks.contiguous() if sinks is not None else None, k_scale, v_scale,
-            1.0 / math.sqrt(head_size) if scale is None else float(scale), float(softcap), window, nodes, capacity, k_cache.shape[0],
+            1.0 / math.sqrt(head_size) if scale is None else float(scale), float(softcap), window, nodes, capacity,
+            k_cache.shape[0],
             max_splits, split_capacity, table.shape[1] if paged else 0,
             *out.stride()[:3], *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *tree_strides,
             GROUP=group, D=head_size, DV=value_size, PAGE=page, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
-            SPLIT=split_capacity > 1, PRECISION="ieee", MIN_KEYS=MIN_SPLIT, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            SPLIT=split_capacity > 1, PRECISION="ieee", MIN_KEYS=MIN_SPLIT, BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
             BLOCK_D=max(triton.next_power_of_2(head_size), 16), BLOCK_DV=max(triton.next_power_of_2(value_size), 16),
             CHUNK=chunk(head_size, q.element_size()), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if split_capacity > 1:
             combine_kernel[(triton.cdiv(nodes * group, COMBINE_ROWS), kv_heads, batch)](
-                out, lse, partial_out, partial_lse, prefix_lens, window, nodes, capacity, max_splits, split_capacity, *out.stride()[:3],
-                GROUP=group, DV=value_size, HAS_WINDOW=window > 0, MIN_KEYS=MIN_SPLIT, BLOCK_M=COMBINE_ROWS, BLOCK_N=config.block_n,
+                out, lse, partial_out, partial_lse, prefix_lens, window, nodes, capacity, max_splits, split_capacity,
+                *out.stride()[:3],
+                GROUP=group, DV=value_size, HAS_WINDOW=window > 0, MIN_KEYS=MIN_SPLIT, BLOCK_M=COMBINE_ROWS,
+                BLOCK_N=config.block_n,
                 BLOCK_DV=max(triton.next_power_of_2(value_size), 16), num_warps=4,
             )  # fmt: skip
 
 
-def _aot_case(name, arch, *, dtype, cache=None, head_size, group, nodes=64, page=0, window=False, softcap=False, split=False, tree=True):
+def _aot_case(
+    name,
+    arch,
+    *,
+    dtype,
+    cache=None,
+    head_size,
+    group,
+    nodes=64,
+    page=0,
+    window=False,
+    softcap=False,
+    split=False,
+    tree=True,
+):
     """An instance of the attention kernel as the launcher would make it. ``cache`` is the type of a quantised cache."""
     element_size = 4 if dtype == "*fp32" else 2
-    config = attention_config(nodes * group, head_size, head_size, element_size, arch)
+    config = attention_config(nodes * group, head_size, head_size, element_size, cache is not None, softcap, arch)
     block_d = max(triton.next_power_of_2(head_size), 16)
     constants = {
-        "GROUP": group, "D": head_size, "DV": head_size, "PAGE": page, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "SPLIT": split,
+        "GROUP": group, "D": head_size, "DV": head_size, "PAGE": page, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap,
+        "SPLIT": split,
         "PRECISION": "ieee", "MIN_KEYS": MIN_SPLIT, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": block_d, "BLOCK_DV": block_d, "CHUNK": chunk(head_size, element_size),
     }  # fmt: skip
     signature = dict.fromkeys(tree_attention_kernel.arg_names, "i32")
-    signature |= {"out": dtype, "lse": "*fp32", "q": dtype, "k_cache": cache or dtype, "v_cache": cache or dtype, "scale": "fp32"}
+    signature |= {
+        "out": dtype,
+        "lse": "*fp32",
+        "q": dtype,
+        "k_cache": cache or dtype,
+        "v_cache": cache or dtype,
+        "scale": "fp32",
+    }
     signature |= {"prefix_lens": "*i32", "parents": "*i32", "softcap": "fp32"}
-    optional = {"partial_out": split, "partial_lse": split, "k_tree": tree, "v_tree": tree, "block_table": page > 0, "sinks": window}
+    optional = {
+        "partial_out": split,
+        "partial_lse": split,
+        "k_tree": tree,
+        "v_tree": tree,
+        "block_table": page > 0,
+        "sinks": window,
+    }
     optional |= {"k_scale": cache, "v_scale": cache}
     types = dict.fromkeys(optional, "*fp32") | {"k_tree": dtype, "v_tree": dtype, "block_table": "*i32"}
     signature |= {argument: types[argument] for argument, given in optional.items() if given}
     constants |= {argument: None for argument, given in optional.items() if not given}
-    return name, tree_attention_kernel, signature, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return (
+        name,
+        tree_attention_kernel,
+        signature,
+        constants,
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
 
 
 def aot_cases(arch: str):
     float8 = "*u8" if arch in ("sm_80", "gfx942") else "*fp8e4nv"
     combine = dict.fromkeys(combine_kernel.arg_names, "i32")
     combine |= {"out": "*bf16", "lse": "*fp32", "partial_out": "*fp32", "partial_lse": "*fp32", "prefix_lens": "*i32"}
-    constants = {"GROUP": 4, "DV": 128, "HAS_WINDOW": False, "MIN_KEYS": MIN_SPLIT, "BLOCK_M": COMBINE_ROWS, "BLOCK_N": 64, "BLOCK_DV": 128}
+    constants = {
+        "GROUP": 4,
+        "DV": 128,
+        "HAS_WINDOW": False,
+        "MIN_KEYS": MIN_SPLIT,
+        "BLOCK_M": COMBINE_ROWS,
+        "BLOCK_N": 64,
+        "BLOCK_DV": 128,
+    }
     return [
         _aot_case("attention_bf16_d128_paged_split", arch, dtype="*bf16", head_size=128, group=4, page=16, split=True),
-        _aot_case("attention_fp16_d64_window_sinks", arch, dtype="*fp16", head_size=64, group=8, window=True, tree=False),
-        _aot_case("attention_bf16_d80_softcap", arch, dtype="*bf16", head_size=80, group=1, softcap=True),
+        _aot_case(
+            "attention_fp16_d64_window_sinks", arch, dtype="*fp16", head_size=64, group=8, window=True, tree=False
+        ),
+        _aot_case("attention_bf16_d80_softcap", arch, dtype="*bf16", head_size=80, group=4, softcap=True),
         _aot_case("attention_bf16_d256_split", arch, dtype="*bf16", head_size=256, group=2, split=True),
-        _aot_case("attention_bf16_d128_float8_split", arch, dtype="*bf16", cache=float8, head_size=128, group=4, split=True),
+        _aot_case(
+            "attention_bf16_d128_float8_split", arch, dtype="*bf16", cache=float8, head_size=128, group=4, split=True
+        ),
         _aot_case("attention_bf16_d128_few_rows", arch, dtype="*bf16", head_size=128, group=4, nodes=4, split=True),
         _aot_case("attention_fp32_d128_paged", arch, dtype="*fp32", head_size=128, group=4, page=16),
         ("combine_bf16_d128", combine_kernel, combine, constants, {"num_warps": 4}),

@@ -49,8 +49,10 @@ def _path_nodes(path, num_accepted, path_length):
 
 @triton.jit(do_not_specialize=["path_length", "nodes", "capacity", "blocks", "table_stride"])
 def tree_commit_kv_kernel(
-    cache, tree, prefix_lens, path, num_accepted, block_table, scale, path_length, nodes, capacity, blocks, table_stride,
-    cache_stride_b, cache_stride_s, cache_stride_h, cache_stride_d, tree_stride_b, tree_stride_t, tree_stride_h, tree_stride_d,
+    cache, tree, prefix_lens, path, num_accepted, block_table, scale, path_length, nodes, capacity, blocks,
+    table_stride,
+    cache_stride_b, cache_stride_s, cache_stride_h, cache_stride_d, tree_stride_b, tree_stride_t, tree_stride_h,
+    tree_stride_d,
     SIZE: tl.constexpr, LIMIT: tl.constexpr, PAGE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the path, heads, batch). LIMIT is the largest value of a quantised cache, 0 for others."""
@@ -63,7 +65,9 @@ def tree_commit_kv_kernel(
     slot = tl.load(prefix_lens + batch).to(tl.int64) + j
     if PAGE > 0:
         block_table += batch * table_stride
-    offset, exists = _cache_offset(slot, accepted, block_table, blocks, capacity, batch, cache_stride_b, cache_stride_s, PAGE)
+    offset, exists = _cache_offset(
+        slot, accepted, block_table, blocks, capacity, batch, cache_stride_b, cache_stride_s, PAGE
+    )
 
     d = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (d < SIZE)[None, :]
@@ -90,7 +94,8 @@ def tree_compact_kv_kernel(
 ):  # fmt: skip
     """Grid (tiles of the head size, heads, batch): one program makes all moves of its columns.
 
-    A path increases, so path[j] >= j: going up in tiles, nothing is overwritten before it has been read, once a tile is read before written.
+    A path increases, so path[j] >= j: going up in tiles, nothing is overwritten before it has been read, once a tile
+    is read before written.
     """
     batch = tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -104,8 +109,12 @@ def tree_compact_kv_kernel(
         j = first + tl.arange(0, BLOCK_J)
         node = tl.load(path + j, mask=j < count, other=-1).to(tl.int64)
         wanted = (node >= 0) & (node < path_length)
-        source, has_source = _cache_offset(prefix + node, wanted, block_table, blocks, capacity, batch, stride_b, stride_s, PAGE)
-        target, has_target = _cache_offset(prefix + j, wanted, block_table, blocks, capacity, batch, stride_b, stride_s, PAGE)
+        source, has_source = _cache_offset(
+            prefix + node, wanted, block_table, blocks, capacity, batch, stride_b, stride_s, PAGE
+        )
+        target, has_target = _cache_offset(
+            prefix + j, wanted, block_table, blocks, capacity, batch, stride_b, stride_s, PAGE
+        )
         moved = (has_source & has_target)[:, None] & (d < SIZE)[None, :]
         rows = tl.load(cache + source[:, None], mask=moved)
         tl.debug_barrier()
@@ -115,7 +124,8 @@ def tree_compact_kv_kernel(
 
 @triton.jit(do_not_specialize=["rows", "nodes", "heads"])
 def merge_attention_states_kernel(
-    out, lse, out_a, lse_a, out_b, lse_b, rows, nodes, heads, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    out, lse, out_a, lse_a, out_b, lse_b, rows, nodes, heads, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """One row is one (.., node, head) of contiguous out [.., T, H, SIZE]; its lse is at [.., H, T]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -198,7 +208,8 @@ def merge_attention_states(out, lse, out_a, lse_a, out_b, lse_b):
         return
     with on_device(out):
         merge_attention_states_kernel[(triton.cdiv(rows, 16),)](
-            out, lse, out_a.contiguous(), lse_a.contiguous(), out_b.contiguous(), lse_b.contiguous(), rows, nodes, heads,
+            out, lse, out_a.contiguous(), lse_a.contiguous(), out_b.contiguous(), lse_b.contiguous(), rows, nodes,
+            heads,
             SIZE=size, BLOCK_M=16, BLOCK_D=max(triton.next_power_of_2(size), 1),
         )  # fmt: skip
 
@@ -220,6 +231,11 @@ def aot_cases(arch: str):
             indices | {"cache": "*bf16", "tree": "*bf16"},
             commit | {"LIMIT": 0, "PAGE": 0, "scale": None, "block_table": None},
         ),
-        case("compact_paged", tree_compact_kv_kernel, indices | {"cache": "*i16"}, {"SIZE": 128, "PAGE": 16, "BLOCK_J": 16, "BLOCK_D": 64}),
+        case(
+            "compact_paged",
+            tree_compact_kv_kernel,
+            indices | {"cache": "*i16"},
+            {"SIZE": 128, "PAGE": 16, "BLOCK_J": 16, "BLOCK_D": 64},
+        ),
         case("merge_bf16", merge_attention_states_kernel, states, {"SIZE": 128, "BLOCK_M": 16, "BLOCK_D": 128}),
     ]

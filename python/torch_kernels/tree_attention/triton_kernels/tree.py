@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walks over a tree given by its parents, and the ops that are nothing but a walk.
 
-A walk starts at many nodes at once and follows parents until every one has arrived at -1 (a root) or -2 (padding). A parent that is
-not an earlier node counts as padding, so indices strictly decrease: a walk ends and stays inside the tensor whatever it holds.
+A walk starts at many nodes at once and follows parents until every one has arrived at -1 (a root) or -2 (padding). A
+parent that is
+not an earlier node counts as padding, so indices strictly decrease: a walk ends and stays inside the tensor whatever
+it holds.
 """
 
 import contextlib
@@ -32,10 +34,13 @@ def depth_of(parents, node):
 
 @triton.jit
 def mark_ancestors(parents, node, reach, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One step of a walk through column tiles from the last to the first: every row moves up until it has left the tile.
+    """One step of a walk through column tiles from the last to the first: every row moves up until it has left the
+    tile.
 
-    ``node`` is where each row stands, ``reach`` how many more nodes it may see, itself included. Ancestors have smaller indices, so a row
-    never needs a tile that it has left. Returns which of columns first .. first+BLOCK_N-1 the rows see, and the moved node and reach.
+    ``node`` is where each row stands, ``reach`` how many more nodes it may see, itself included. Ancestors have
+    smaller indices, so a row
+    never needs a tile that it has left. Returns which of columns first .. first+BLOCK_N-1 the rows see, and the moved
+    node and reach.
     """
     columns = first + tl.arange(0, BLOCK_N)
     visible = tl.zeros((BLOCK_M, BLOCK_N), tl.int1)
@@ -95,10 +100,15 @@ def tree_positions(positions, parents, prefix_lens):
             tree_positions_kernel[grid](positions, parents.contiguous(), prefix_lens.contiguous(), nodes, BLOCK=128)
 
 
-
 def aot_cases(arch: str):
     pointers = {"parents": "*i32", "prefix_lens": "*i32", "nodes": "i32"}
     return [
-        ("tree_mask", tree_mask_kernel, {"mask": "*u8", "parents": "*i32", "nodes": "i32"}, {"BLOCK_M": 16, "BLOCK_N": 64}, {}),
+        (
+            "tree_mask",
+            tree_mask_kernel,
+            {"mask": "*u8", "parents": "*i32", "nodes": "i32"},
+            {"BLOCK_M": 16, "BLOCK_N": 64},
+            {},
+        ),
         ("tree_positions", tree_positions_kernel, {"positions": "*i32"} | pointers, {"BLOCK": 128}, {}),
     ]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which drafted nodes the target model accepts. One program per sequence walks the tree; probabilities are compared in float64."""
+"""Which drafted nodes the target model accepts. One program per sequence walks the tree; probabilities are compared in
+float64."""
 
 import struct
 
@@ -12,7 +13,8 @@ from .tree import on_device, parent_of
 
 @triton.jit
 def _deepest(parents, matches, nodes, BLOCK_T: tl.constexpr):
-    """Last node of the longest path from node 0 along nodes that match (the lowest index among equals) and its depth; -1, 0 without a root.
+    """Last node of the longest path from node 0 along nodes that match (the lowest index among equals) and its depth;
+    -1, 0 without a root.
 
     ``matches`` points to int32 flags of one sequence. All nodes walk up together; a walk that meets a mismatch is over.
     """
@@ -38,7 +40,7 @@ def _emit(path, num_accepted, tokens, draft_tokens, parents, last, depth, next_t
     on_path = tl.zeros_like(place) - 1
     after = tl.zeros_like(place) - 1
     node = last
-    for step in range(0, tl.where(last >= 0, depth + 1, 0)):
+    for step in range(tl.where(last >= 0, depth + 1, 0)):
         on_path = tl.where(place == depth - step, node, on_path)
         after = tl.where(place == depth - step - 1, node, after)
         node = tl.maximum(tl.load(parents + node), 0).to(tl.int32)
@@ -50,7 +52,9 @@ def _emit(path, num_accepted, tokens, draft_tokens, parents, last, depth, next_t
 
 
 @triton.jit(do_not_specialize=["nodes"])
-def tree_verify_greedy_kernel(path, num_accepted, tokens, matches, draft_tokens, target_tokens, parents, nodes, BLOCK_T: tl.constexpr):
+def tree_verify_greedy_kernel(
+    path, num_accepted, tokens, matches, draft_tokens, target_tokens, parents, nodes, BLOCK_T: tl.constexpr
+):
     batch = tl.program_id(0).to(tl.int64)
     start = batch * nodes
     node = tl.arange(0, BLOCK_T)
@@ -62,7 +66,16 @@ def tree_verify_greedy_kernel(path, num_accepted, tokens, matches, draft_tokens,
     last, depth = _deepest(parents + start, matches + start, nodes, BLOCK_T)
     next_token = tl.load(target_tokens + start + tl.maximum(last, 0))
     _emit(
-        path + start, num_accepted + batch, tokens + start, draft_tokens + start, parents + start, last, depth, next_token, nodes, BLOCK_T
+        path + start,
+        num_accepted + batch,
+        tokens + start,
+        draft_tokens + start,
+        parents + start,
+        last,
+        depth,
+        next_token,
+        nodes,
+        BLOCK_T,
     )
 
 
@@ -90,9 +103,11 @@ def _double(bits):
 
 @triton.jit(do_not_specialize=["temperature", "epsilon", "delta", "nodes", "vocabulary"])
 def typical_matches_kernel(
-    matches, draft_tokens, target_logits, parents, temperature, epsilon, delta, nodes, vocabulary, stride_b, stride_t, BLOCK_V: tl.constexpr
+    matches, draft_tokens, target_logits, parents, temperature, epsilon, delta, nodes, vocabulary, stride_b, stride_t,
+    BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """matches[i] = node i passes its parent's threshold. Grid (nodes, batch): a program computes one node's distribution and serves its children."""
+    """matches[i] = node i passes its parent's threshold. Grid (nodes, batch): a program computes one node's
+    distribution and serves its children."""
     node = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     parents += batch * nodes
@@ -154,7 +169,8 @@ def _inverse_cdf(mass, uniform, vocabulary, BLOCK_V: tl.constexpr):
 
 @triton.jit(do_not_specialize=["temperature", "nodes", "vocabulary"])
 def tree_verify_typical_kernel(
-    path, num_accepted, tokens, matches, mass, draft_tokens, target_logits, parents, uniforms, temperature, nodes, vocabulary,
+    path, num_accepted, tokens, matches, mass, draft_tokens, target_logits, parents, uniforms, temperature, nodes,
+    vocabulary,
     stride_b, stride_t, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
@@ -176,7 +192,16 @@ def tree_verify_typical_kernel(
         tl.debug_barrier()
         next_token = _inverse_cdf(mass, tl.load(uniforms + batch * (nodes + 1) + nodes), vocabulary, BLOCK_V)
     _emit(
-        path + start, num_accepted + batch, tokens + start, draft_tokens + start, parents + start, last, depth, next_token, nodes, BLOCK_T
+        path + start,
+        num_accepted + batch,
+        tokens + start,
+        draft_tokens + start,
+        parents + start,
+        last,
+        depth,
+        next_token,
+        nodes,
+        BLOCK_T,
     )
 
 
@@ -208,7 +233,8 @@ def _remaining(r, q, columns, token, vocabulary):
 
 @triton.jit
 def _reject(r, q, token, vocabulary, BLOCK_V: tl.constexpr):
-    """r = what is left, normalised, unless nothing is left. The barriers keep a thread's write behind all reads of the same element."""
+    """r = what is left, normalised, unless nothing is left. The barriers keep a thread's write behind all reads of the
+    same element."""
     column = tl.arange(0, BLOCK_V)
     total = tl.sum(tl.zeros((BLOCK_V,), tl.float64), axis=0)
     for first in range(0, vocabulary, BLOCK_V):
@@ -274,12 +300,23 @@ def tree_verify_sampling_kernel(
                     _load_normalised(q, draft_probs + tl.cast(child, tl.int64) * draft_stride_t, vocabulary, BLOCK_V)
             else:
                 _reject(r, q, token, vocabulary, BLOCK_V)
-                if q is not None:
+                if q is not None:  # noqa: SIM102 (known at compile time)
                     if not REPLACEMENT:
                         _remove(q, token, vocabulary, BLOCK_V)
 
     next_token = _inverse_cdf(r, tl.load(uniforms + nodes), vocabulary, BLOCK_V)
-    _emit(path + start, num_accepted + batch, tokens + start, draft_tokens, parents, last, depth, next_token, nodes, BLOCK_T)
+    _emit(
+        path + start,
+        num_accepted + batch,
+        tokens + start,
+        draft_tokens,
+        parents,
+        last,
+        depth,
+        next_token,
+        nodes,
+        BLOCK_T,
+    )
 
 
 def _nodes_block(nodes):
@@ -309,7 +346,8 @@ def tree_verify_greedy(path, num_accepted, tokens, draft_tokens, target_tokens, 
     matches = torch.empty(batch, nodes, dtype=torch.int32, device=parents.device)
     with on_device(parents):
         tree_verify_greedy_kernel[(batch,)](
-            path, num_accepted, tokens, matches, draft_tokens.contiguous(), target_tokens.contiguous(), parents.contiguous(), nodes,
+            path, num_accepted, tokens, matches, draft_tokens.contiguous(), target_tokens.contiguous(),
+            parents.contiguous(), nodes,
             BLOCK_T=_nodes_block(nodes),
         )  # fmt: skip
 
@@ -329,17 +367,20 @@ def tree_verify_typical(
     strides, block = target_logits.stride()[:2], _vocabulary_block(vocabulary)
     with on_device(parents):
         typical_matches_kernel[(nodes, batch)](
-            matches, draft_tokens, target_logits, parents, _bits(temperature), _bits(epsilon), _bits(delta), nodes, vocabulary, *strides,
-            BLOCK_V=block,
+            matches, draft_tokens, target_logits, parents, _bits(temperature), _bits(epsilon), _bits(delta), nodes,
+            vocabulary, *strides,
+            BLOCK_V=block, num_warps=8,
         )  # fmt: skip
         tree_verify_typical_kernel[(batch,)](
             path, num_accepted, tokens, matches, mass, draft_tokens, target_logits, parents,
             None if uniforms is None else uniforms.contiguous(), _bits(temperature), nodes, vocabulary, *strides,
-            BLOCK_T=_nodes_block(nodes), BLOCK_V=block,
+            BLOCK_T=_nodes_block(nodes), BLOCK_V=block, num_warps=8,
         )  # fmt: skip
 
 
-def tree_verify_sampling(path, num_accepted, tokens, draft_tokens, target_probs, parents, uniforms, draft_probs, replacement):
+def tree_verify_sampling(
+    path, num_accepted, tokens, draft_tokens, target_probs, parents, uniforms, draft_probs, replacement
+):
     batch, nodes, vocabulary = target_probs.shape
     if nodes == 0:
         num_accepted.zero_()
@@ -353,18 +394,32 @@ def tree_verify_sampling(path, num_accepted, tokens, draft_tokens, target_probs,
         draft_probs, q = _rows(draft_probs), torch.empty_like(r)
     with on_device(parents):
         tree_verify_sampling_kernel[(batch,)](
-            path, num_accepted, tokens, r, q, draft_tokens.contiguous(), target_probs, parents.contiguous(), uniforms.contiguous(),
-            draft_probs, nodes, vocabulary, *target_probs.stride()[:2], *(draft_probs.stride()[:2] if q is not None else (0, 0)),
-            REPLACEMENT=replacement, BLOCK_T=_nodes_block(nodes), BLOCK_V=_vocabulary_block(vocabulary),
+            path, num_accepted, tokens, r, q, draft_tokens.contiguous(), target_probs, parents.contiguous(),
+            uniforms.contiguous(),
+            draft_probs, nodes, vocabulary, *target_probs.stride()[:2],
+            *(draft_probs.stride()[:2] if q is not None else (0, 0)),
+            REPLACEMENT=replacement, BLOCK_T=_nodes_block(nodes), BLOCK_V=_vocabulary_block(vocabulary), num_warps=8,
         )  # fmt: skip
 
 
 def aot_cases(arch: str):
     def case(name, kernel, pointers, constants):
-        signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(["temperature", "epsilon", "delta"], "i64") | pointers
-        return name, kernel, {argument: signature[argument] for argument in kernel.arg_names}, constants, {}
+        signature = (
+            dict.fromkeys(kernel.arg_names, "i32")
+            | dict.fromkeys(["temperature", "epsilon", "delta"], "i64")
+            | pointers
+        )
+        options = {"num_warps": 8 if "BLOCK_V" in constants else 4}
+        return name, kernel, {argument: signature[argument] for argument in kernel.arg_names}, constants, options
 
-    outputs = {"path": "*i32", "num_accepted": "*i32", "tokens": "*i64", "matches": "*i32", "draft_tokens": "*i64", "parents": "*i32"}
+    outputs = {
+        "path": "*i32",
+        "num_accepted": "*i32",
+        "tokens": "*i64",
+        "matches": "*i32",
+        "draft_tokens": "*i64",
+        "parents": "*i32",
+    }
     probs = outputs | {"r": "*fp64", "q": "*fp64", "target_probs": "*fp32", "draft_probs": "*fp32", "uniforms": "*fp32"}
     logits = outputs | {"mass": "*fp64", "target_logits": "*bf16", "uniforms": "*fp32"}
     blocks = {"BLOCK_T": 64, "BLOCK_V": 1024}
@@ -373,6 +428,13 @@ def aot_cases(arch: str):
         case("verify_typical_matches", typical_matches_kernel, logits, {"BLOCK_V": 1024}),
         case("verify_typical_argmax", tree_verify_typical_kernel, logits, blocks | {"uniforms": None, "mass": None}),
         case("verify_typical_sampled", tree_verify_typical_kernel, logits, blocks),
-        case("verify_sampling_one_hot", tree_verify_sampling_kernel, probs, blocks | {"REPLACEMENT": True, "q": None, "draft_probs": None}),
-        case("verify_sampling_without_replacement", tree_verify_sampling_kernel, probs, blocks | {"REPLACEMENT": False}),
+        case(
+            "verify_sampling_one_hot",
+            tree_verify_sampling_kernel,
+            probs,
+            blocks | {"REPLACEMENT": True, "q": None, "draft_probs": None},
+        ),
+        case(
+            "verify_sampling_without_replacement", tree_verify_sampling_kernel, probs, blocks | {"REPLACEMENT": False}
+        ),
     ]
