@@ -100,20 +100,11 @@ class Machine:
 def steps(machine: Machine) -> list[Step]:
     gpu, python = machine.gpu, sys.executable
     no_gpu = "" if gpu else "no GPU"
-    workers = min(4, os.cpu_count() or 1)
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
-    elsewhere = [
-        f"--ignore=tests/{name}"
-        for name in (
-            "aot",
-            "bench",
-            "emulator",
-            "test_gpu.py",
-            "test_install.py",
-            "test_sanitizers.py",
-            "test_numbers.py",
-        )
-    ]
+    parallel = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
+    parallel = parallel if importlib.util.find_spec("xdist") else []
+    others = ("aot", "bench", "emulator", *(f"test_{x}.py" for x in ("gpu", "install", "numbers", "sanitizers")))
+    elsewhere = [f"--ignore=tests/{name}" for name in others]
     sanitizer = machine.tool("compute-sanitizer")
     return [
         Step("build", "modules for this GPU only", 4, build_commands(machine), missing=missing_for_build(machine)),
@@ -126,7 +117,7 @@ def steps(machine: Machine) -> list[Step]:
             "tests",
             "the suite, where cuda and triton mean the device",
             4,
-            [[*pytest, "-n", str(workers), "--dist", "worksteal", "--durations=10", *elsewhere, "tests"]],
+            [[*pytest, *parallel, "--durations=10", *elsewhere, "tests"]],
         ),
         Step(
             "instructions",
@@ -208,10 +199,9 @@ def bench_commands(machine: Machine) -> list[list[str]]:
         device = ["--device", "cuda" if machine.gpu else "cpu"]
         if "Case(" not in source:
             options = ["--time", "5" if machine.gpu else "0.5"]
-        elif machine.gpu:
-            options = ["--quick", "--plot", str(machine.output / f"{path.stem}.png")]
         else:
-            options = ["--quick", "--peers", "", "--cases", "verify,commit"]
+            options = ["--quick", "--plot", str(machine.output / f"{path.stem}.png")]
+            options += [] if machine.gpu else ["--peers", "", "--cases", "verify,commit"]
         commands.append([sys.executable, str(path.relative_to(ROOT)), *device, *written, *options])
     return commands
 
@@ -268,9 +258,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="A,B", help="these steps instead of all")
     parser.add_argument("--minutes", type=float, default=9.5, help="time for all steps together (default 9.5)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of bench/results/<gpu>/")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="on the CPU: the emulator instead of CUDA, Triton's interpreter"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU: emulator and Triton's interpreter")
     options = parser.parse_args()
     if not options.list and not options.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --dry-run runs what a CPU can")
