@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import torch
 import torch_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_kernels import _registry
+from torch_kernels import _native, _registry
+
+_schedules = itertools.cycle(range(8))
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
@@ -26,7 +29,9 @@ class Backend:
     slow: bool = False  # interpreted or emulated: tests draw smaller sizes
 
     def __call__(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls ``torch.ops.kernels.<op>`` on this backend."""
+        """Calls ``torch.ops.kernels.<op>`` on this backend; in the emulator, each call in another schedule of threads."""
+        if self.name == "emulator":
+            _native.emulator().set_seed(next(_schedules))
         with torch_kernels.use_backend(self.name):
             return getattr(torch.ops.kernels, op)(*args, **kwargs)
 
