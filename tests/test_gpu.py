@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from .backends import Backend
 from .strategies import bits
 from .tolerance import assert_bitwise
 
+ROOT = Path(__file__).resolve().parents[1]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 FAMILIES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/samples.py"))
 
@@ -159,3 +164,24 @@ def test_validation_on_the_device(backend: Backend) -> None:
             backend("tree_mask", wrong)
     finally:
         torch_kernels.set_validation(False)
+
+
+def test_the_script_reports_what_it_did(tmp_path: Path) -> None:
+    def script(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "scripts/gpu.py", "--dry-run", "--output", str(tmp_path), *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=120
+        )
+
+    result = script("--only", "info,memcheck")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line.split()[3] for line in result.stdout.splitlines()[-2:]] == ["ok", "skipped"]
+    assert "tree_attention" in (tmp_path / "logs" / "info.log").read_text()
+    assert [step["result"] for step in json.loads((tmp_path / "logs" / "steps.json").read_text())["steps"]] == [
+        "ok",
+        "skipped",
+    ]
+    assert script("--only", "reruns", PYTEST_ADDOPTS="--no-such-option").returncode == 1
+    stopped = script("--only", "reruns", "--minutes", "0.1")
+    assert stopped.returncode == 1 and "stopped" in stopped.stdout
+    assert "no step nonsense" in script("--only", "nonsense").stderr
