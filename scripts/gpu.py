@@ -77,7 +77,7 @@ class Machine:
     def environment(self) -> dict[str, str]:
         variables = os.environ | {"PATH": self.path, "PYTHONUNBUFFERED": "1"}
         if not self.gpu:
-            variables |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+            variables["CUDA_VISIBLE_DEVICES"] = ""
         if list(self.package.glob("torch_kernels/_cpu*")):
             variables["PYTHONPATH"] = os.pathsep.join([str(self.package), os.environ.get("PYTHONPATH", "")])
         return variables
