@@ -15,7 +15,8 @@ test: build lint  ## the whole suite
 	$(RUN) -m pytest -n 2 --dist worksteal
 
 bench: build  ## the benchmarks of every op, written to bench/results/<machine>/
-	for file in $$(grep -l harness bench/*.py); do $(RUN) $$file --json --plot || exit 1; done
+	$(RUN) bench/overhead.py --json
+	$(RUN) bench/tree_attention.py --json --plot
 
 gpu: $(VENV)/ready  ## everything worth doing on a GPU: build, tests, sanitizers, benchmarks
 	$(RUN) scripts/gpu.py

@@ -29,7 +29,7 @@ class Backend:
     slow: bool = False  # interpreted or emulated: tests draw smaller sizes
 
     def __call__(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls ``torch.ops.kernels.<op>`` on this backend; in the emulator, each call in another schedule of threads."""
+        """Calls ``torch.ops.kernels.<op>`` on this backend; the emulator changes its schedule from call to call."""
         if self.name == "emulator":
             _native.emulator().set_seed(next(_schedules))
         with torch_kernels.use_backend(self.name):

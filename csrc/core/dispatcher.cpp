@@ -40,14 +40,23 @@ class Dispatcher {
     auto found = plans_.find(key);
     if (found == plans_.end()) {
       constexpr size_t kMany = 4096;  // shapes that never repeat must not pile up
-      if (plans_.size() >= kMany) plans_.clear();
-      found = plans_.emplace(key, make(arguments)).first;
+      size_t generation = generation_;
+      std::shared_ptr<const Plan> plan = make(arguments);
+      // What was decided before someone else cleared the plans serves this call only.
+      if (generation == generation_) {
+        if (plans_.size() >= kMany) plans_.clear();
+        plans_[key] = plan;
+      }
+      return run(*plan, arguments);
     }
     std::shared_ptr<const Plan> plan = found->second;  // kept: the call may clear the plans
     return run(*plan, arguments);
   }
 
-  void clear() { plans_.clear(); }
+  void clear() {
+    generation_++;
+    plans_.clear();
+  }
   size_t size() const { return plans_.size(); }
 
  private:
@@ -125,6 +134,7 @@ class Dispatcher {
 
   std::vector<std::pair<nb::object, nb::object>> defaults_;
   nb::object prepare_;
+  size_t generation_ = 0;
   std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
 };
 

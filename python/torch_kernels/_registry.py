@@ -31,6 +31,10 @@ class SlowPathWarning(UserWarning):
     """A call is served by the PyTorch reference because no compiled kernel serves it."""
 
 
+class CannotServe(ValueError):
+    """The backend asked for cannot serve a call."""
+
+
 class _State:
     forced: str | None = os.environ.get("TORCH_KERNELS_BACKEND") or None
     validate: bool = False
@@ -216,7 +220,7 @@ class Op:
                 return backend
             reasons[backend.name] = reason
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it does not implement the op"
-        raise ValueError(f"{self.name}: backend {_State.forced!r} cannot serve this call ({why})")
+        raise CannotServe(f"{self.name}: backend {_State.forced!r} cannot serve this call ({why})")
 
     def serving(self, device: torch.device) -> list[str]:
         """The backends that can run on a device of this machine, the preferred first."""

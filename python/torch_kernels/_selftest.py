@@ -57,6 +57,8 @@ def main() -> int:
                 try:
                     with _registry.use_backend(backend):
                         error: Any = error_of(*case.run(device))
+                except _registry.CannotServe:
+                    continue
                 except Exception as exception:  # a report of everything is worth more than the first failure
                     error, ok = exception, False
                 else:
