@@ -46,7 +46,7 @@ inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * lanes) : Vector<Accumulator>{};
+    for (int j = 0; j < Vectors; j++) sum[i][j] = Vector<Accumulator>{};
   auto step = [&](int64_t p) __attribute__((always_inline)) {
     Vector<Accumulator> row[Vectors];
 #pragma GCC unroll 4
@@ -64,14 +64,24 @@ inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; j++) store(c + i * ldc + j * lanes, sum[i][j]);
+    for (int j = 0; j < Vectors; j++) {
+      auto* at = c + i * ldc + j * lanes;
+      store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+    }
 }
 
-// N is a multiple of 16 elements; k counts units.
+// N is a multiple of 16 elements; k counts units. Long sums are added up in parts, which keeps their rounding errors
+// small.
 template <bool accumulate, bool row_major, class Unit>
 inline void matmul(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc,
                    int m, int n, int k) {
-  constexpr int lanes = kLanes<AccumulatorOf<Unit>>;
+  constexpr int lanes = kLanes<AccumulatorOf<Unit>>, kPart = 64;
+  if (k > kPart) {
+    matmul<accumulate, row_major>(a, a_stride, b, ldb, c, ldc, m, n, kPart);
+    matmul<true, row_major>(row_major ? a + kPart : a + kPart * a_stride, a_stride, b + kPart * ldb, ldb, c, ldc, m, n,
+                            k - kPart);
+    return;
+  }
   auto rows = [&]<int Rows>(int i) {
     auto tile = [&]<int Vectors>(int j) {
       matmul_tile<accumulate, row_major, Rows, Vectors>(row_major ? a + i * a_stride : a + i, a_stride, b + j, ldb,

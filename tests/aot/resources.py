@@ -143,23 +143,29 @@ def _demangle(name: str) -> str:
     return readable
 
 
-def _cuda_entries(source: pathlib.Path, arch: str, version: str, headers: str) -> list[dict]:
-    key = [headers, source, source.read_text(), arch, version, pathlib.Path(__file__).read_text()]
-    kernels = cached(key, lambda: _compile_cuda(source, arch))
-    label = f"{source.parent.name}/{source.stem}"
-    return [
-        {"kernel": f"{label}: {_demangle(name)}", "arch": arch, "compiler": f"nvcc {version}"} | entry
-        for name, entry in kernels.items()
-    ]
+def cuda_sources() -> dict[str, str]:
+    """Every CUDA source as "op/file", with a hash of it and of the headers it may include."""
+    sources = {}
+    for source in sorted((ROOT / "csrc").glob("*/*.cu")):
+        folders = (ROOT / "csrc/core", ROOT / "csrc/cuda", source.parent)
+        headers = [path for folder in folders for kind in ("h", "cuh") for path in folder.glob(f"*.{kind}")]
+        sources[f"{source.parent.name}/{source.stem}"] = _contents([source, *headers])[:16]
+    return sources
 
 
-def cuda_jobs():
+def _cuda_entries(label: str, source_hash: str, arch: str, version: str) -> list[dict]:
+    source = ROOT / "csrc" / f"{label}.cu"
+    kernels = cached([label, source_hash, arch, version], lambda: _compile_cuda(source, arch))
+    common = {"arch": arch, "compiler": f"nvcc {version}", "source": source_hash}
+    return [{"kernel": f"{label}: {_demangle(name)}"} | common | entry for name, entry in kernels.items()]
+
+
+def cuda_jobs(archs=CUDA_ARCHS):
     """The same for every CUDA source; none where nvcc is missing."""
     version = nvcc_version()
-    headers = _contents([path for kind in ("h", "cuh") for path in (ROOT / "csrc").glob(f"**/*.{kind}")])
-    for source in sorted((ROOT / "csrc").glob("*/*.cu")) if version else []:
-        for arch in CUDA_ARCHS:
-            yield f"{source.name} {arch}", functools.partial(_cuda_entries, source, arch, version, headers)
+    for label, source_hash in cuda_sources().items() if version else []:
+        for arch in archs:
+            yield f"{label} {arch}", functools.partial(_cuda_entries, label, source_hash, arch, version)
 
 
 def collect(jobs, workers: int = 2, report=None) -> list[dict]:
