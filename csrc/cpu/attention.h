@@ -60,34 +60,38 @@ struct RowSource {
   }
 };
 
-// Copies a tile's rows to `to` as matrix elements, zero-padded. A copy is worth it even where none is needed: cache
-// rows are often a large power of two apart and would compete for the same few lines of the processor's caches.
+// Copies a tile's rows of `heads` neighbouring heads to `to` [heads][kKeyTile][stride] as matrix elements, zero-padded.
+// A copy is worth it even where none is needed: cache rows are often a large power of two apart and would compete for
+// the same few lines of the processor's caches. Heads vary fastest, so memory is read in runs as long as possible.
 template <class Stored, class Element>
-void gather_stored(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width,
-                   Element* to, int64_t stride) {
-  int64_t step = source.tensor.stride[3];
-  int64_t bytes = width * int64_t(sizeof(Stored));
-  for (int i = 0; i < count; i++, to += stride) {
-    const Stored* row = source.row<Stored>(first + i);
+void gather_stored(const RowSource& source, int heads, int64_t first, int count, int padded_count, int width,
+                   int padded_width, Element* to, int64_t stride) {
+  int64_t step = source.tensor.stride[3], next_head = source.tensor.stride[2];
+  for (int i = 0; i < padded_count; i++) {
+    const Stored* row = i < count ? source.row<Stored>(first + i) : nullptr;
     if (first + i + kKeyTile < source.slots) {  // on its way while this tile is computed
-      const char* next = reinterpret_cast<const char*>(source.row<Stored>(first + i + kKeyTile));
-      for (int64_t line = 0; line < bytes; line += 64) prefetch(next + line);
+      const Stored* next = source.row<Stored>(first + i + kKeyTile);
+      for (int h = 0; h < heads; h++)
+        for (int c = 0; c < width; c += 64 / int(sizeof(Stored))) prefetch(next + h * next_head + c);
     }
-    if (step == 1) {
-      convert(row, to, width);
-    } else {
-      for (int c = 0; c < width; c++) convert(row + c * step, to + c, 1);
+    for (int h = 0; h < heads; h++) {
+      Element* copy = to + (int64_t(h) * kKeyTile + i) * stride;
+      int copied = row ? width : 0;
+      if (step == 1) {
+        convert(row + h * next_head, copy, copied);
+      } else {
+        for (int c = 0; c < copied; c++) convert(row + h * next_head + c * step, copy + c, 1);
+      }
+      if (padded_width > copied) std::fill(copy + copied, copy + padded_width, Element{});
     }
-    if (padded_width > width) std::fill(to + width, to + padded_width, Element{});
   }
-  for (int i = count; i < padded_count; i++, to += stride) std::fill(to, to + padded_width, Element{});
 }
 
 template <class Element>
-void gather(const RowSource& source, int64_t first, int count, int padded_count, int width, int padded_width,
+void gather(const RowSource& source, int heads, int64_t first, int count, int padded_count, int width, int padded_width,
             Element* to, int64_t stride) {
   auto as = [&]<class Stored>(Stored) {
-    gather_stored<Stored>(source, first, count, padded_count, width, padded_width, to, stride);
+    gather_stored<Stored>(source, heads, first, count, padded_count, width, padded_width, to, stride);
   };
   switch (source.tensor.dtype) {
     case DType::float64: return as(double{});
@@ -157,8 +161,8 @@ struct SoftmaxRows {
   Real* sum;                  // [padded_rows]
   Real* scores;               // [kKeyTile][kRowBlock], later the weights when a unit is one Real
   Unit* weights;              // [kKeyTile / kPack][kRowBlock]
-  Element* key_tile;          // [kKeyTile][key_stride()]
-  Element* value_tile;        // [kKeyTile][value_stride()]
+  Element* key_tiles;         // [heads][kKeyTile][key_stride()]
+  Element* value_tiles;       // [heads][kKeyTile][value_stride()]
   Element* value_transposed;  // [padded_value_channels][kKeyTile]
 
   SoftmaxRows(int rows, int channels, int value_channels)
@@ -180,11 +184,11 @@ struct SoftmaxRows {
     sum = maximum + padded_rows;
   }
 
-  void take(Scratch& scratch) {
+  void take(Scratch& scratch, int heads) {
     scores = scratch.take<Real>(kKeyTile * kRowBlock);
     weights = kPack > 1 ? scratch.take<Unit>(kKeyTile / kPack * kRowBlock) : nullptr;
-    key_tile = scratch.take<Element>(kKeyTile * key_stride());
-    value_tile = scratch.take<Element>(kKeyTile * value_stride());
+    key_tiles = scratch.take<Element>(heads * kKeyTile * key_stride());
+    value_tiles = scratch.take<Element>(heads * kKeyTile * value_stride());
     value_transposed = kPack > 1 ? scratch.take<Element>(int64_t(kKeyTile) * padded_value_channels) : nullptr;
   }
 
@@ -218,15 +222,22 @@ struct SoftmaxRows {
     }
   }
 
-  // Adds keys [first, first + count) to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
-  template <class Visible>
-  void absorb(const RowSource& keys, const RowSource& values, int64_t first, int count, Real scale, Real softcap,
-              const Visible& visible) {
+  // Fetches keys [first, first + count) and their values for `heads` heads from those of the sources on.
+  void load_tiles(const RowSource& keys, const RowSource& values, int heads, int64_t first, int count) {
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
-    gather(keys, first, count, padded_count, channels, padded_channels, key_tile, key_stride());
-    gather(values, first, count, padded_count, value_channels, padded_value_channels, value_tile, value_stride());
+    gather(keys, heads, first, count, padded_count, channels, padded_channels, key_tiles, key_stride());
+    gather(values, heads, first, count, padded_count, value_channels, padded_value_channels, value_tiles,
+           value_stride());
+  }
+
+  // Adds the `count` keys of tile `head` to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
+  template <class Visible>
+  void absorb(int head, int count, Real scale, Real softcap, const Visible& visible) {
+    int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
+    const Element* key_tile = key_tiles + head * kKeyTile * key_stride();
+    Element* value_tile = value_tiles + head * kKeyTile * value_stride();
     nonfinite.clear();
-    if constexpr (Visible::kMasks) take_nonfinite(count);
+    if constexpr (Visible::kMasks) take_nonfinite(value_tile, count);
     if constexpr (kPack > 1)
       transpose(value_tile, value_stride(), value_transposed, kKeyTile, padded_count, padded_value_channels);
     for (int block = 0; block < padded_rows; block += kRowBlock) {
@@ -322,7 +333,7 @@ struct SoftmaxRows {
 
   // A weight of zero must hide a value even if that is NaN or infinite. So under a mask such values leave the product,
   // and absorb() adds them one by one to the rows that see them.
-  void take_nonfinite(int count) {
+  void take_nonfinite(Element* value_tile, int count) {
     for (int key = 0; key < count; key++) {
       Element* row = value_tile + key * value_stride();
       bool finite = true;

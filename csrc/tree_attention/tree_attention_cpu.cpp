@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kMaxRows = 512;     // query rows of one task
 constexpr int kSplitKeys = 2048;  // a sequence is cut into about this many keys per task...
-constexpr int kMaxSplits = 32;    // ... up to this many tasks (one more may hold the tree)
+constexpr int kMaxSplits = 32;    // ... up to this many tasks; the last also takes the tree
 
 // The tree, and per node as a key the set of query rows that see it.
 struct VisibleTree : Tree {
@@ -44,7 +44,7 @@ struct Splits {
     prefix = std::clamp<int64_t>(p.prefix_lens.index(b), 0, capacity);
     total = prefix + p.q.size[1];
     length = round_up(std::max<int64_t>(kSplitKeys, (prefix + kMaxSplits - 1) / kMaxSplits), kKeyTile);
-    count = int(std::max<int64_t>(1, (total + length - 1) / length));
+    count = int(std::max<int64_t>(1, (prefix + length - 1) / length));
   }
 };
 
@@ -121,21 +121,18 @@ class Forward {
                       p.q.stride[3]);
   }
 
-  // With few rows the time goes into reading the cache, whose rows hold all heads side by side: then one task takes
-  // several heads, tile by tile, and reads memory in longer runs. With many rows one head's tile is enough work. Either
-  // way the results are the same bits.
+  // A cache row holds all heads side by side. One task takes several, tile by tile, so that memory is read in longer
+  // runs; which ones changes no bit of the result.
   int heads_together() const {
-    constexpr int kFewRows = 32;
-    if (chunk_rows > kFewRows) return 1;
+    constexpr int kMostRows = 64;  // whose outputs a core's cache can hold
     int64_t wanted = 4 * omp_get_max_threads(), most = 1;
-    for (int heads = 2; heads <= kv_heads; heads++)
+    for (int heads = 2; heads <= kv_heads && heads * chunk_rows <= kMostRows; heads++)
       if (kv_heads % heads == 0 && batch * chunks * max_splits * (kv_heads / heads) >= wanted) most = heads;
     return int(most);
   }
 
   struct Head {
     Rows rows;
-    RowSource keys, values;
     Real scale;
   };
 
@@ -144,45 +141,38 @@ class Forward {
     [[maybe_unused]] MatmulSession session;
     Rows shape = rows_of(at.chunk);
     static thread_local Scratch::Block block;
-    Scratch::plan(block, [&](Scratch& scratch) { shape.take(scratch); });
+    Scratch::plan(block, [&](Scratch& scratch) { shape.take(scratch, head_count); });
     const VisibleTree& tree = trees[at.b];
     const Splits& cut = splits[at.b];
-    int64_t begin = split * cut.length, end = std::min(begin + cut.length, cut.total),
-            prefix_end = std::min(end, cut.prefix);
-    int64_t tree_begin = std::max(begin, cut.prefix) - cut.prefix, tree_end = end - cut.prefix,
-            shift = p.k_tree ? 0 : cut.prefix;
+    bool last = split + 1 == cut.count;
+    int64_t begin = split * cut.length, end = last ? cut.prefix : begin + cut.length;
 
     std::vector<Head> heads;
     for (int h = 0; h < head_count; h++) {
-      int head = at.head + h;
-      Real scale = p.k_scale ? Real(p.scale) * head_scale(p.k_scale, head) : Real(p.scale);
-      heads.push_back({shape,
-                       {p.k_cache, p.block_table, at.b, head, prefix_end},
-                       {p.v_cache, p.block_table, at.b, head, prefix_end},
-                       scale});
+      Real scale = p.k_scale ? Real(p.scale) * head_scale(p.k_scale, at.head + h) : Real(p.scale);
+      heads.push_back({shape, scale});
       heads[h].rows.queries = queries_of(h);
       heads[h].rows.use_state(state_of(h));
       heads[h].rows.reset();
     }
-    attend_prefix(heads, at, begin, prefix_end);
-    if (p.k_tree) {
-      for (int h = 0; h < head_count; h++) {
-        if (p.v_scale)
-          heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));  // the tree's own values have no scale
-        heads[h] = {heads[h].rows,
-                    {p.k_tree, {}, at.b, at.head + h, tree_end},
-                    {p.v_tree, {}, at.b, at.head + h, tree_end},
-                    Real(p.scale)};
-      }
+    RowSource keys{p.k_cache, p.block_table, at.b, at.head, end}, values{p.v_cache, p.block_table, at.b, at.head, end};
+    attend_prefix(heads, at, keys, values, begin, end);
+    auto apply_value_scale = [&] {
+      for (int h = 0; h < head_count && p.v_scale; h++) heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));
+    };
+    if (last && p.k_tree) {  // the tree's own keys and values have no scale
+      apply_value_scale();
+      for (Head& head : heads) head.scale = Real(p.scale);
+      keys = {p.k_tree, {}, at.b, at.head, nodes};
+      values = {p.v_tree, {}, at.b, at.head, nodes};
     }
-    for (int64_t first = tree_begin; first < tree_end; first += kKeyTile) {
-      int count = int(std::min<int64_t>(kKeyTile, tree_end - first));
+    for (int64_t first = 0; last && first < nodes; first += kKeyTile) {
+      int count = int(std::min<int64_t>(kKeyTile, nodes - first));
       VisibleBits visible{tree.bits.data() + first * tree.words + at.chunk * chunk_rows / 64, tree.words};
-      for (Head& head : heads)
-        head.rows.absorb(head.keys, head.values, shift + first, count, head.scale, Real(p.softcap), visible);
+      shape.load_tiles(keys, values, head_count, p.k_tree ? first : cut.prefix + first, count);
+      for (int h = 0; h < head_count; h++) heads[h].rows.absorb(h, count, heads[h].scale, Real(p.softcap), visible);
     }
-    for (int h = 0; h < head_count && p.v_scale && !p.k_tree; h++)
-      heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));
+    if (!last || !p.k_tree) apply_value_scale();
   }
 
   Real head_scale(const Tensor& scales, int head) const {
@@ -190,7 +180,8 @@ class Forward {
   }
 
   // A window hides prefix slots below position - window + 1; only tiles that such a border crosses need a mask.
-  void attend_prefix(std::vector<Head>& heads, Place at, int64_t begin, int64_t end) const {
+  void attend_prefix(std::vector<Head>& heads, Place at, const RowSource& keys, const RowSource& values, int64_t begin,
+                     int64_t end) const {
     const VisibleTree& tree = trees[at.b];
     int rows = heads[0].rows.rows;
     std::vector<int64_t> lowest(rows, 0);
@@ -211,12 +202,15 @@ class Forward {
       bool masked = first < lowest_for_all;
       for (int r = 0; masked && r < rows; r++)
         first_visible[r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
-      for (Head& head : heads) {
+      heads[0].rows.load_tiles(keys, values, int(heads.size()), first, count);
+      for (int h = 0; h < int(heads.size()); h++) {
+        auto absorb = [&](const auto& visible) {
+          heads[h].rows.absorb(h, count, heads[h].scale, Real(p.softcap), visible);
+        };
         if (masked) {
-          head.rows.absorb(head.keys, head.values, first, count, head.scale, Real(p.softcap),
-                           VisibleFrom{first_visible.data()});
+          absorb(VisibleFrom{first_visible.data()});
         } else {
-          head.rows.absorb(head.keys, head.values, first, count, head.scale, Real(p.softcap), EverythingVisible{});
+          absorb(EverythingVisible{});
         }
       }
     }
