@@ -182,6 +182,8 @@ def test_error(output, truth, expected):
 
 
 def test_repro_prints_a_command_and_measures_nothing(capsys, monkeypatch):
+    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     arguments = ["--device", "cpu", "--cases", "x", "--json", "somewhere.json", "--repro"]
     assert harness.main("demo", [], arguments) == 0
