@@ -85,6 +85,11 @@ def path() -> Path:
         )
         for module in BUILD.glob("_*.so"):
             (package / module.name).symlink_to(module)
+        # An editable install must not come first.
+        (package.parent / "sitecustomize.py").write_text(
+            "import sys\n"
+            "sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
+        )
     return package.parent
 
 
