@@ -77,10 +77,10 @@ void gather_stored(const RowSource& source, int heads, int64_t first, int count,
     for (int h = 0; h < heads; h++) {
       Element* copy = to + (int64_t(h) * kKeyTile + i) * stride;
       int copied = row ? width : 0;
-      if (step == 1) {
-        convert(row + h * next_head, copy, copied);
-      } else {
-        for (int c = 0; c < copied; c++) convert(row + h * next_head + c * step, copy + c, 1);
+      if (row && step == 1) {
+        convert(row + h * next_head, copy, width);
+      } else if (row) {
+        for (int c = 0; c < width; c++) convert(row + h * next_head + c * step, copy + c, 1);
       }
       if (padded_width > copied) std::fill(copy + copied, copy + padded_width, Element{});
     }
