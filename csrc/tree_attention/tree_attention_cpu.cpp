@@ -124,7 +124,7 @@ class Forward {
   // A cache row holds all heads side by side. One task takes several, tile by tile, so that memory is read in longer
   // runs; which ones changes no bit of the result.
   int heads_together() const {
-    constexpr int kMostRows = 64;  // whose outputs a core's cache can hold
+    constexpr int kMostRows = 64;  // of all heads together: more gained nothing
     int64_t wanted = 4 * omp_get_max_threads(), most = 1;
     for (int heads = 2; heads <= kv_heads && heads * chunk_rows <= kMostRows; heads++)
       if (kv_heads % heads == 0 && batch * chunks * max_splits * (kv_heads / heads) >= wanted) most = heads;
