@@ -26,6 +26,19 @@ enum class DType : int32_t {
   boolean
 };
 
+constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::none: return 0;
+    case DType::float64:
+    case DType::int64: return 8;
+    case DType::float32:
+    case DType::int32: return 4;
+    case DType::float16:
+    case DType::bfloat16: return 2;
+    default: return 1;
+  }
+}
+
 struct Tensor {
   static constexpr int kMaxRank = 5;
 
@@ -54,5 +67,19 @@ struct Tensor {
     return n;
   }
 };
+
+// [..., C] as rows [M, C]. The leading dimensions must lie as if they were one, which the registry has seen to.
+inline Tensor rows_of(const Tensor& tensor) {
+  Tensor rows = tensor;
+  rows.rank = 2;
+  rows.size[0] = 1;
+  for (int i = 0; i + 1 < tensor.rank; i++) rows.size[0] *= tensor.size[i];
+  rows.size[1] = tensor.size[tensor.rank - 1];
+  rows.stride[0] = rows.size[1];
+  for (int i = 0; i + 1 < tensor.rank; i++)
+    if (tensor.size[i] > 1) rows.stride[0] = tensor.stride[i];
+  rows.stride[1] = tensor.stride[tensor.rank - 1];
+  return rows;
+}
 
 }  // namespace torch_kernels

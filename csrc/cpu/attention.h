@@ -7,6 +7,7 @@
 //   out[channel, row] += values^T[channel, :] · weights[:, row]
 #pragma once
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "core/tensor.h"
@@ -51,29 +52,33 @@ struct RowSource {
   int64_t batch, head;
   int64_t slots;  // how many there are
 
+  int64_t element_size() const { return size_of(tensor.dtype); }
+  const char* address(int64_t slot) const {
+    int64_t outer = batch;
+    if (block_table) {
+      int64_t page_size = tensor.size[1];
+      outer = std::clamp<int64_t>(block_table.index(batch, slot / page_size), 0, tensor.size[0] - 1);
+      slot %= page_size;
+    }
+    return tensor.at<const char>() +
+           (outer * tensor.stride[0] + slot * tensor.stride[1] + head * tensor.stride[2]) * element_size();
+  }
   template <class T>
   const T* row(int64_t slot) const {
-    if (!block_table) return tensor.at<const T>(batch, slot, head);
-    int64_t page_size = tensor.size[1];
-    int64_t page = std::clamp<int64_t>(block_table.index(batch, slot / page_size), 0, tensor.size[0] - 1);
-    return tensor.at<const T>(page, slot % page_size, head);
+    return reinterpret_cast<const T*>(address(slot));
   }
+
+  // Of any tile, at least this many rows in a row are stride[1] apart.
+  int run() const { return block_table ? int(std::gcd(tensor.size[1], int64_t(kKeyTile))) : kKeyTile; }
 };
 
 // Copies a tile's rows of `heads` neighbouring heads to `to` [heads][kKeyTile][stride] as matrix elements, zero-padded.
-// A copy is worth it even where none is needed: cache rows are often a large power of two apart and would compete for
-// the same few lines of the processor's caches. Heads vary fastest, so memory is read in runs as long as possible.
 template <class Stored, class Element>
 void gather_stored(const RowSource& source, int heads, int64_t first, int count, int padded_count, int width,
                    int padded_width, Element* to, int64_t stride) {
   int64_t step = source.tensor.stride[3], next_head = source.tensor.stride[2];
   for (int i = 0; i < padded_count; i++) {
     const Stored* row = i < count ? source.row<Stored>(first + i) : nullptr;
-    if (first + i + kKeyTile < source.slots) {  // on its way while this tile is computed
-      const Stored* next = source.row<Stored>(first + i + kKeyTile);
-      for (int h = 0; h < heads; h++)
-        for (int c = 0; c < width; c += 64 / int(sizeof(Stored))) prefetch(next + h * next_head + c);
-    }
     for (int h = 0; h < heads; h++) {
       Element* copy = to + (int64_t(h) * kKeyTile + i) * stride;
       int copied = row ? width : 0;
@@ -102,6 +107,44 @@ void gather(const RowSource& source, int heads, int64_t first, int count, int pa
     default: return as(float{});
   }
 }
+
+// Where the rows of a tile are, by key and head: in the cache itself, or copied.
+struct Tile {
+  const char* start[kKeyTile];  // of each run of `run` rows that are `stride` bytes apart
+  int64_t stride, next_head;
+  int run, count = 0;
+
+  const char* row(int key, int head) const { return start[key / run] + key % run * stride + head * next_head; }
+
+  void stay(const RowSource& source, int64_t first, int tile_count) {
+    count = tile_count;
+    run = source.run();
+    stride = source.tensor.stride[1] * source.element_size();
+    next_head = source.tensor.stride[2] * source.element_size();
+    for (int key = 0; key < count; key += run) start[key / run] = source.address(first + key);
+  }
+  void copied(const void* tiles, int64_t tile_stride, int tile_count) {
+    count = tile_count;
+    run = kKeyTile, stride = tile_stride, next_head = kKeyTile * tile_stride;
+    start[0] = static_cast<const char*>(tiles);
+  }
+};
+
+// Brings the tile after this one into the cache while this one is computed: a few rows with each call, because a core
+// can wait for few lines at a time.
+struct Ahead {
+  Tile keys, values;
+  int key_bytes, value_bytes, head, at, each;
+
+  void start(int next_head, int calls) { head = next_head, at = 0, each = (2 * keys.count + calls - 1) / calls; }
+  void fetch() {
+    for (int end = std::min(at + each, 2 * keys.count); at < end; at++) {
+      bool key = at < keys.count;
+      const char* row = key ? keys.row(at, head) : values.row(at - keys.count, head);
+      for (int c = 0, bytes = key ? key_bytes : value_bytes; c < bytes; c += 64) prefetch(row + c);
+    }
+  }
+};
 
 // Which query rows see a key of a tile: a vector of lane masks for rows [row, row + lanes).
 struct EverythingVisible {
@@ -163,7 +206,7 @@ struct SoftmaxRows {
   Unit* weights;              // [kKeyTile / kPack][kRowBlock]
   Element* key_tiles;         // [heads][kKeyTile][key_stride()]
   Element* value_tiles;       // [heads][kKeyTile][value_stride()]
-  Element* value_transposed;  // [padded_value_channels][kKeyTile]
+  Element* value_transposed;  // [round_up(value_channels, 32)][kKeyTile]
 
   SoftmaxRows(int rows, int channels, int value_channels)
       : rows(rows),
@@ -189,7 +232,7 @@ struct SoftmaxRows {
     weights = kPack > 1 ? scratch.take<Unit>(kKeyTile / kPack * kRowBlock) : nullptr;
     key_tiles = scratch.take<Element>(heads * kKeyTile * key_stride());
     value_tiles = scratch.take<Element>(heads * kKeyTile * value_stride());
-    value_transposed = kPack > 1 ? scratch.take<Element>(int64_t(kKeyTile) * padded_value_channels) : nullptr;
+    value_transposed = kPack > 1 ? scratch.take<Element>(kKeyTile * round_up(value_channels, 32)) : nullptr;
   }
 
   void scale_output(Real factor) {
@@ -222,34 +265,85 @@ struct SoftmaxRows {
     }
   }
 
-  // Fetches keys [first, first + count) and their values for `heads` heads from those of the sources on.
-  void load_tiles(const RowSource& keys, const RowSource& values, int heads, int64_t first, int count) {
+  // Fetches keys [first, first + count) and their values for `heads` heads from those of the sources on. A tile stays
+  // where it lies if each of its lines will be read once; otherwise it is copied, because cache rows are often a large
+  // power of two apart and would compete for the same few lines of the processor's caches.
+  struct Tiles {
+    Tile keys, values;
+    Ahead ahead;
+    int heads;
+  };
+  void load_tiles(Tiles& tiles, const RowSource& keys, const RowSource& values, int heads, int64_t first, int count,
+                  bool masked) {
+    constexpr int kReadOnceRows = 32;
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
-    gather(keys, heads, first, count, padded_count, channels, padded_channels, key_tiles, key_stride());
-    gather(values, heads, first, count, padded_count, value_channels, padded_value_channels, value_tiles,
-           value_stride());
+    auto lies_ready = [&](const RowSource& source) {
+      return kPack > 1 && source.tensor.dtype == DType::bfloat16 && source.tensor.stride[3] == 1;
+    };
+    if (lies_ready(keys) && padded_rows <= kReadOnceRows && count == kKeyTile && channels == padded_channels &&
+        keys.run() % 16 == 0) {
+      tiles.keys.stay(keys, first, count);
+    } else {
+      gather(keys, heads, first, count, padded_count, channels, padded_channels, key_tiles, key_stride());
+      tiles.keys.copied(key_tiles, key_stride() * sizeof(Element), padded_count);
+    }
+    if (lies_ready(values) && !masked) {
+      tiles.values.stay(values, first, count);
+    } else {
+      gather(values, heads, first, count, padded_count, value_channels, padded_value_channels, value_tiles,
+             value_stride());
+      tiles.values.copied(value_tiles, value_stride() * sizeof(Element), padded_count);
+    }
+    int next = int(std::clamp<int64_t>(keys.slots - first - count, 0, kKeyTile));
+    tiles.heads = heads;
+    tiles.ahead.key_bytes = int(channels * keys.element_size());
+    tiles.ahead.value_bytes = int(value_channels * values.element_size());
+    tiles.ahead.keys.stay(keys, first + count, next);
+    tiles.ahead.values.stay(values, first + count, next);
   }
 
   // Adds the `count` keys of tile `head` to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
   template <class Visible>
-  void absorb(int head, int count, Real scale, Real softcap, const Visible& visible) {
+  void absorb(Tiles& tiles, int head, int count, Real scale, Real softcap, const Visible& visible) {
+    const Tile &keys = tiles.keys, &values = tiles.values;
+    Ahead& ahead = tiles.ahead;
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
-    const Element* key_tile = key_tiles + head * kKeyTile * key_stride();
     Element* value_tile = value_tiles + head * kKeyTile * value_stride();
+    int parts = (padded_count + 31) / 32;
+    ahead.start(head, (parts + padded_rows / kRowBlock + 1) * (padded_value_channels / 32) +
+                          padded_rows / kRowAlign * parts * 16 + 4);
     nonfinite.clear();
     if constexpr (Visible::kMasks) take_nonfinite(value_tile, count);
-    if constexpr (kPack > 1)
-      transpose(value_tile, value_stride(), value_transposed, kKeyTile, padded_count, padded_value_channels);
+    if constexpr (kPack > 1) {
+      static const Element zeros[256] = {};
+      for (int first = 0; first < padded_count; first += 32) {
+        const Element* rows[32];
+        for (int i = 0; i < 32; i++)
+          rows[i] = first + i < count ? reinterpret_cast<const Element*>(values.row(first + i, head)) : zeros;
+        for (int c = 0; c < value_channels; c += 32) {
+          transpose(rows, c, std::min(32, value_channels - c), value_transposed + c * kKeyTile + first, kKeyTile);
+          ahead.fetch();
+        }
+      }
+    }
     for (int block = 0; block < padded_rows; block += kRowBlock) {
       int width = block_rows(block);
-      matmul<false, true>(reinterpret_cast<const Unit*>(key_tile), key_stride() / kPack,
-                          queries + int64_t(block) * padded_channels / kPack, width, scores, width, padded_count, width,
-                          padded_channels / kPack);
-      softmax(block, width, count, padded_count, scale, softcap, visible);
+      int run = std::min(keys.run, 32);
+      for (int key = 0; key < padded_count; key += run) {
+        matmul<false, true>(reinterpret_cast<const Unit*>(keys.row(key, head)), keys.stride / sizeof(Unit),
+                            queries + int64_t(block) * padded_channels / kPack, width, scores + key * width, width,
+                            std::min(run, padded_count - key), width, padded_channels / kPack);
+        ahead.fetch();
+      }
+      softmax(block, width, count, padded_count, scale, softcap, visible, ahead);
       Real* block_out = out + int64_t(block) * padded_value_channels;
       if constexpr (kPack > 1) {
-        matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, weights, width, block_out,
-                           width, padded_value_channels, width, padded_count / kPack);
+        for (int channel = 0; channel < padded_value_channels; channel += 32) {
+          matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed + channel * kKeyTile), kKeyTile / kPack,
+                             weights, width, block_out + channel * width, width,
+                             std::min(32, padded_value_channels - channel), width, padded_count / kPack);
+          ahead.fetch();
+        }
       } else {
         matmul<true, false>(value_tile, value_stride(), scores, width, block_out, width, padded_value_channels, width,
                             padded_count);
@@ -264,12 +358,14 @@ struct SoftmaxRows {
 
   // Turns the block's scores into weights 2^(score - maximum) and moves its maximum, sum and output along.
   template <class Visible>
-  void softmax(int block, int width, int count, int padded_count, Real scale, Real softcap, const Visible& visible) {
+  void softmax(int block, int width, int count, int padded_count, Real scale, Real softcap, const Visible& visible,
+               Ahead& ahead) {
     bool rewrite = softcap > 0 || scale <= 0;
     Real to_log2 = (softcap > 0 ? softcap : scale <= 0 ? Real(1) : scale) * Real(kLog2E);
     for (int c = 0; c < width; c += kLane) {
       Vector<Real> highest = broadcast(-kInfinity);
       for (int key = 0; key < count; key++) {
+        if (key % 4 == 0) ahead.fetch();
         Real* at = scores + key * width + c;
         Vector<Real> s = load(at);
         if (rewrite) s = softcap > 0 ? tanh_vector(s * (scale / softcap)) : s * scale;
@@ -302,6 +398,7 @@ struct SoftmaxRows {
         };
         int key = 0;
         for (; key + 2 <= count; key += 2) {
+          if (key % 4 == 0) ahead.fetch();
           Vector<Real> low = weight(key), high = weight(key + 1);
           put(key, low, high);
         }

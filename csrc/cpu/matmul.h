@@ -163,50 +163,58 @@ inline void matmul(const Pair* a, int64_t a_row, const Pair* b, int64_t ldb, flo
 struct MatmulSession {};
 #endif
 
-// to[c, r] = from[r, c] for bfloat16: the values of a key tile, whose keys become the K dimension. rows % 32 == 0,
-// columns % 16 == 0.
-#if defined(__AVX512F__)
-inline void transpose(const BFloat16* from, int64_t from_row, BFloat16* to, int64_t to_row, int rows, int columns) {
+// to[c, r] = from[r][c] for bfloat16: the values of a key tile, whose keys become the K dimension. rows % 32 == 0;
+// columns up to the next multiple of 32 are written, as zeros.
+#if defined(__AVX512BW__)
+// x becomes its 16x16 transpose in four rounds; each exchanges blocks of 1, 2, 4 and 8.
+inline void transpose_block(Vector<int32_t> (&x)[16]) {
   using Int = Vector<int32_t>;
-  for (int r = 0; r < rows; r += 32)
-    for (int c = 0; c < columns; c += 16) {
-      Int x[16], y[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) {  // x[i][j] = the pair (row 2i, row 2i+1) of column j
-        const BFloat16* row = from + (r + 2 * i) * from_row + c;
-        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
-        __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + from_row)));
-        x[i] = Int(low) | Int(high) << 16;
-      }
-    // A 16x16 transpose in four rounds; each exchanges blocks of 1, 2, 4 and 8.
+  Int y[16];
 #pragma GCC unroll 8
-      for (int i = 0; i < 16; i += 2) {
-        y[i] = Int(_mm512_unpacklo_epi32(__m512i(x[i]), __m512i(x[i + 1])));
-        y[i + 1] = Int(_mm512_unpackhi_epi32(__m512i(x[i]), __m512i(x[i + 1])));
-      }
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = Int(_mm512_unpacklo_epi32(__m512i(x[i]), __m512i(x[i + 1])));
+    y[i + 1] = Int(_mm512_unpackhi_epi32(__m512i(x[i]), __m512i(x[i + 1])));
+  }
 #pragma GCC unroll 4
-      for (int i = 0; i < 16; i += 4)
+  for (int i = 0; i < 16; i += 4)
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-          x[i + 2 * j] = Int(_mm512_unpacklo_epi64(__m512i(y[i + j]), __m512i(y[i + j + 2])));
-          x[i + 2 * j + 1] = Int(_mm512_unpackhi_epi64(__m512i(y[i + j]), __m512i(y[i + j + 2])));
-        }
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        y[j] = Int(_mm512_shuffle_i32x4(__m512i(x[j]), __m512i(x[j + 4]), 0x88));
-        y[j + 4] = Int(_mm512_shuffle_i32x4(__m512i(x[j]), __m512i(x[j + 4]), 0xdd));
-        y[j + 8] = Int(_mm512_shuffle_i32x4(__m512i(x[j + 8]), __m512i(x[j + 12]), 0x88));
-        y[j + 12] = Int(_mm512_shuffle_i32x4(__m512i(x[j + 8]), __m512i(x[j + 12]), 0xdd));
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        auto put = [&](int column, Int v) { std::memcpy(to + (c + column) * to_row + r, &v, sizeof v); };
-        put(j, Int(_mm512_shuffle_i32x4(__m512i(y[j]), __m512i(y[j + 8]), 0x88)));
-        put(j + 8, Int(_mm512_shuffle_i32x4(__m512i(y[j]), __m512i(y[j + 8]), 0xdd)));
-        put(j + 4, Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0x88)));
-        put(j + 12, Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0xdd)));
-      }
+    for (int j = 0; j < 2; j++) {
+      x[i + 2 * j] = Int(_mm512_unpacklo_epi64(__m512i(y[i + j]), __m512i(y[i + j + 2])));
+      x[i + 2 * j + 1] = Int(_mm512_unpackhi_epi64(__m512i(y[i + j]), __m512i(y[i + j + 2])));
     }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    y[j] = Int(_mm512_shuffle_i32x4(__m512i(x[j]), __m512i(x[j + 4]), 0x88));
+    y[j + 4] = Int(_mm512_shuffle_i32x4(__m512i(x[j]), __m512i(x[j + 4]), 0xdd));
+    y[j + 8] = Int(_mm512_shuffle_i32x4(__m512i(x[j + 8]), __m512i(x[j + 12]), 0x88));
+    y[j + 12] = Int(_mm512_shuffle_i32x4(__m512i(x[j + 8]), __m512i(x[j + 12]), 0xdd));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    x[j] = Int(_mm512_shuffle_i32x4(__m512i(y[j]), __m512i(y[j + 8]), 0x88));
+    x[j + 8] = Int(_mm512_shuffle_i32x4(__m512i(y[j]), __m512i(y[j + 8]), 0xdd));
+    x[j + 4] = Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0x88));
+    x[j + 12] = Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0xdd));
+  }
+}
+
+inline void transpose(const BFloat16* const (&from)[32], int first, int columns, BFloat16* to, int64_t to_row) {
+  using Int = Vector<int32_t>;
+  // Pairs of rows, columns 0-3 of every eight in one half and 4-7 in the other: whole lines are read once.
+  Int half[2][16];
+  __mmask32 present = columns == 32 ? ~0u : (1u << columns) - 1;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    __m512i even = _mm512_maskz_loadu_epi16(present, from[2 * i] + first);
+    __m512i odd = _mm512_maskz_loadu_epi16(present, from[2 * i + 1] + first);
+    half[0][i] = Int(_mm512_unpacklo_epi16(even, odd));
+    half[1][i] = Int(_mm512_unpackhi_epi16(even, odd));
+  }
+  for (int h = 0; h < 2; h++) {
+    transpose_block(half[h]);
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) std::memcpy(to + (j / 4 * 8 + h * 4 + j % 4) * to_row, &half[h][j], sizeof half[h][j]);
+  }
 }
 #endif
 

@@ -145,7 +145,10 @@ inline Float8E4M3 from_float<Float8E4M3>(double x) {
 template <class To, class From>
 inline void convert(const From* src, To* dst, int64_t n) {
   if constexpr (std::is_same_v<To, From>) {
-    std::memcpy(dst, src, size_t(n) * sizeof(To));
+    constexpr int kStep = kVectorBytes / sizeof(To);
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) std::memcpy(dst + i, src + i, kVectorBytes);
+    std::memcpy(dst + i, src + i, size_t(n - i) * sizeof(To));
   } else {
     for (int64_t i = 0; i < n; i++) dst[i] = from_float<To>(to_float(src[i]));
   }

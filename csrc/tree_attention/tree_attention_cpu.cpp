@@ -166,11 +166,13 @@ class Forward {
       keys = {p.k_tree, {}, at.b, at.head, nodes};
       values = {p.v_tree, {}, at.b, at.head, nodes};
     }
+    typename Rows::Tiles tiles;
     for (int64_t first = 0; last && first < nodes; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, nodes - first));
       VisibleBits visible{tree.bits.data() + first * tree.words + at.chunk * chunk_rows / 64, tree.words};
-      shape.load_tiles(keys, values, head_count, p.k_tree ? first : cut.prefix + first, count);
-      for (int h = 0; h < head_count; h++) heads[h].rows.absorb(h, count, heads[h].scale, Real(p.softcap), visible);
+      shape.load_tiles(tiles, keys, values, head_count, p.k_tree ? first : cut.prefix + first, count, true);
+      for (int h = 0; h < head_count; h++)
+        heads[h].rows.absorb(tiles, h, count, heads[h].scale, Real(p.softcap), visible);
     }
     if (!last || !p.k_tree) apply_value_scale();
   }
@@ -197,15 +199,16 @@ class Forward {
     }
     begin = std::max(begin, lowest_of_all / kKeyTile * kKeyTile);
     std::vector<int32_t> first_visible(heads[0].rows.padded_rows, kKeyTile);
+    typename Rows::Tiles tiles;
     for (int64_t first = begin; first < end; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, end - first));
       bool masked = first < lowest_for_all;
       for (int r = 0; masked && r < rows; r++)
         first_visible[r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
-      heads[0].rows.load_tiles(keys, values, int(heads.size()), first, count);
+      heads[0].rows.load_tiles(tiles, keys, values, int(heads.size()), first, count, masked);
       for (int h = 0; h < int(heads.size()); h++) {
         auto absorb = [&](const auto& visible) {
-          heads[h].rows.absorb(h, count, heads[h].scale, Real(p.softcap), visible);
+          heads[h].rows.absorb(tiles, h, count, heads[h].scale, Real(p.softcap), visible);
         };
         if (masked) {
           absorb(VisibleFrom{first_visible.data()});
