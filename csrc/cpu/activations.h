@@ -126,6 +126,8 @@ class Activations {
     int64_t part_stride = int64_t(padded_) * span_units() * kUnitColumns<Unit>, index = span * padded_ + row;
     if (row >= count_) {
       for (int part = 0; part < kParts; part++) std::fill_n(to + part * padded_ * span_units(), span_units(), Unit{});
+      if (a8) scales_[index] = 0, starts_[index] = 0;
+      if (totals_) totals_of_[index] = 0;
       return;
     }
     X copy[kSpan];
