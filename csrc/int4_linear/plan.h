@@ -19,6 +19,7 @@ constexpr int kInt4TileFeatures = 32, kInt4TileColumns = 64, kInt4TileBytes = 10
 // GPUs with 100 KB.
 constexpr int kMultiprocessors = 132, kSharedBytes = 99 << 10, kMultiprocessorSharedBytes = 216 << 10;
 constexpr int kInt4MaxStages = 8;
+constexpr int64_t kInt4Workspace = 64 << 20;  // bytes; more rows are handled one slab after another
 
 // Columns of x and of the weight that a block handles between two barriers.
 constexpr int int4_stage_columns(int row_tile, int64_t x_size) { return x_size == 1 || row_tile <= 16 ? 128 : 64; }
@@ -83,10 +84,9 @@ inline Int4LinearPlan plan_int4_linear(int64_t rows, int64_t features, int64_t c
 
   int64_t tiles = (columns + kInt4TileColumns - 1) / kInt4TileColumns;
   plan.x_scale_rows = std::max<int64_t>(1, (tiles * 4 + (1 << plan.sum_shift) - 1) >> plan.sum_shift);
-  constexpr int64_t kWorkspace = 64 << 20;
   int64_t row_bytes = (plan.splits > 1 ? 4 * plan.splits * features : 0) +
                       (copied ? tiles * kInt4TileColumns * x_size + plan.x_scale_rows * 4 : 0);
-  plan.slab_rows = std::max<int64_t>(1, row_bytes ? kWorkspace / row_bytes / 64 : rows / 64 + 1) * 64;
+  plan.slab_rows = std::max<int64_t>(1, row_bytes ? kInt4Workspace / row_bytes / 64 : rows / 64 + 1) * 64;
   plan.slab_rows = std::min(plan.slab_rows, rows);
   plan.row_tiles = int((plan.slab_rows + plan.row_tile - 1) / plan.row_tile);
 

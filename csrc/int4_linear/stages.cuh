@@ -80,6 +80,28 @@ DEVICE void wait_for_copies(int pending) {
     wait_for_copies<most - 1>(pending);
 }
 
+// Calls compute(stage, byte offset of its buffer) for each stage in turn, while copy(stage, buffer) has started those
+// after it.
+template <class Copy, class Compute>
+DEVICE void run_stages(int count, int ring, int bytes, Copy copy, Compute compute) {
+  char* shared = dynamic_shared<char>();
+  for (int stage = 0; stage < ring - 1; stage++) {
+    if (stage < count) copy(stage, shared + stage * bytes);
+    ptx::cp_async_commit();
+  }
+  int slot = 0, next = ring - 1;
+#pragma unroll 1
+  for (int stage = 0; stage < count; stage++) {
+    wait_for_copies<kInt4MaxStages - 2>(ring - 2);
+    __syncthreads();
+    if (stage + ring - 1 < count) copy(stage + ring - 1, shared + next * bytes);
+    ptx::cp_async_commit();
+    compute(stage, slot * bytes);
+    next = slot;
+    slot = slot + 1 == ring ? 0 : slot + 1;
+  }
+}
+
 // X is the type that enters the products: __half or __nv_bfloat16, int8_t, or float without tensor cores.
 template <class X, int kRows, int kWarps>
 struct Int4LinearStages {
@@ -146,27 +168,6 @@ struct Int4LinearStages {
         if (count > 0) from += (sum + i / (kRows / 4)) * work.x_scale_stride + row0 + row;
         ptx::cp_async_16(to + work.plan.stage.x_scales + i * 16, from, max(count, 0) * 4);
       }
-    }
-  }
-
-  // Calls compute(stage, byte offset of its buffer) for each stage in turn, while later ones are on their way.
-  template <class Compute>
-  DEVICE void run(Compute compute) const {
-    int ring = work.plan.stages, count = stages();
-    for (int stage = 0; stage < ring - 1; stage++) {
-      if (stage < count) copy_stage(stage, shared + stage * work.plan.stage.bytes);
-      ptx::cp_async_commit();
-    }
-    int slot = 0, next = ring - 1;
-#pragma unroll 1
-    for (int stage = 0; stage < count; stage++) {
-      wait_for_copies<kInt4MaxStages - 2>(ring - 2);
-      __syncthreads();
-      if (stage + ring - 1 < count) copy_stage(stage + ring - 1, shared + next * work.plan.stage.bytes);
-      ptx::cp_async_commit();
-      compute(stage, slot * work.plan.stage.bytes);
-      next = slot;
-      slot = slot + 1 == ring ? 0 : slot + 1;
     }
   }
 };
