@@ -73,14 +73,27 @@ class Int4Weight:
         _checks.same_device(name, qweight, scales=scales, zeros=zeros, g_idx=g_idx)
         _within(name, "zeros", zeros if zeros is not None and zeros.dtype == torch.uint8 else None, 0, 15)
         _within(name, "g_idx", g_idx, 0, dims["G"] - 1)
-        self._qweight: Tensor | None = qweight.detach()
+        self._qweight: Tensor | None = qweight
+        self._packed: dict[tuple[str, int], Packed] = {}
         self.scales = scales.detach()
         self.zeros = None if zeros is None else zeros.detach()
-        self.g_idx = None if g_idx is None else g_idx.detach().to(torch.int32)
+        self.g_idx = None if g_idx is None else g_idx.to(torch.int32)
         self.in_features = in_features
         self.out_features = qweight.shape[0]
         self.group_size = group_size
-        self._packed: dict[tuple[str, int], Packed] = {}
+
+    @classmethod
+    def _of_packed(
+        cls, key: tuple[str, int], packed: Packed, scales: Tensor, zeros: Tensor | None, g_idx: Tensor | None,
+        group_size: int,
+    ) -> Int4Weight:  # fmt: skip
+        """A weight that is packed already; its qweight is unpacked when someone asks for it."""
+        weight = cls.__new__(cls)
+        weight._qweight, weight._packed = None, {key: packed}
+        weight.scales, weight.zeros, weight.g_idx = scales, zeros, g_idx
+        weight.in_features, weight.out_features = packed.in_features, packed.out_features
+        weight.group_size = group_size
+        return weight
 
     @classmethod
     def _of(cls, values: formats.Values) -> Int4Weight:
@@ -129,7 +142,9 @@ class Int4Weight:
         if bool((scales.double() > limit).any()):
             scales = _round_up(steps, torch.float32)
         if not bool(scales.isfinite().all()):
-            _checks.fail(name, "dense", "in float32's range", f"magnitudes up to {float(torch.maximum(high, -low).max())}")
+            _checks.fail(
+                name, "dense", "in float32's range", f"magnitudes up to {float(torch.maximum(high, -low).max())}"
+            )
         scales = scales.where(steps > 0, 1.0)
         zeros = None if symmetric else (-low / scales.double()).round()
         qweight = dense.new_empty((rows, -(-columns // 2)), dtype=torch.uint8)
@@ -253,8 +268,9 @@ class Int4Weight:
         moved = self.scales.to(device)
         if moved.device == self.device:
             return self
-        rest = (None if t is None else t.to(device) for t in (self.zeros, self.g_idx))
-        return self._with(self.qweight.to(device), moved, *rest)
+        zeros, g_idx = (None if t is None else t.to(device) for t in (self.zeros, self.g_idx))
+        sizes = {"in_features": self.in_features, "group_size": self.group_size}
+        return type(self)(self.qweight.to(device), moved, zeros, g_idx, **sizes)
 
     def pack(self, layout: str | None = None) -> Packed:
         """The arguments of ``torch.ops.kernels.int4_linear`` for this weight, remembered per layout.
