@@ -29,13 +29,23 @@ CUDA_ROWS = 64
 
 
 class Tile(NamedTuple):
-    """Tile sizes and launch options of the fused kernel."""
+    """Tile sizes and launch options of a kernel."""
 
     block_m: int  # rows
     block_n: int  # output features
-    block_k: int  # input features that one step takes
+    block_k: int  # input features
     num_warps: int
     num_stages: int
+
+
+class Plan(NamedTuple):
+    """How the fused kernel, or the gradient's, is launched."""
+
+    tile: Tile
+    step: int  # columns whose sum takes one scale: a multiple of block_k
+    split: int  # columns (gradient: output features) of one split
+    splits: int
+    sequence: bool  # a program sums all splits, one after another; otherwise they run side by side
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -49,37 +59,9 @@ def row_block(rows: int, largest: int) -> int:
 
 
 def step_columns(group_size: int, element_size: int) -> int:
-    """Input features per step: at most a group, because the group's scale is applied to the sum of a step. Integer
-    products are of at least 32, which hold two groups of 16."""
-    largest, least = {1: (128, 32), 2: (128, 16), 4: (32, 16)}[element_size]
-    return max(min(group_size if group_size > 0 else largest, largest), least)
-
-
-def _stages(tile_bytes: int, arch: str) -> int:
-    """Tiles in flight: at most four, and no more than half of what fits, to leave room for a second block, unless two
-    tiles need more."""
-    if arch.startswith("gfx"):
-        return 2
-    shared = SHARED_KIB.get(arch, 99) * 1024
-    return max(2 if 2 * tile_bytes <= shared else 1, min(shared // 2 // tile_bytes, 4))
-
-
-def forward_tile(rows: int, group_size: int, element_size: int, arch: str) -> Tile:
-    """Tiles of the fused kernel; element_size is that of the activations in the product: 1 in mode a8."""
-    block_m = row_block(rows, 64 if element_size == 4 else 128)
-    # Wide tiles share a row of x among more output features; narrow ones give few rows more programs.
-    block_n = 128 if block_m >= 64 and element_size < 4 else 64
-    block_k = step_columns(group_size, element_size)
-    num_warps = 8 if block_m * block_n >= 64 * 128 else 4
-    return Tile(block_m, block_n, block_k, num_warps, _stages(block_k * (block_m * element_size + block_n // 2), arch))
-
-
-def backward_tile(rows: int, element_size: int, arch: str) -> Tile:
-    """Tiles of the gradient's kernel. block_k counts input features, which are its output; a step takes block_n."""
-    block_m = row_block(rows, 64 if element_size == 4 else 128)
-    block_n, block_k = (32, 64) if element_size == 4 else (64, 64)
-    num_warps = 8 if block_m == 128 else 4
-    return Tile(block_m, block_n, block_k, num_warps, _stages(block_n * (block_m * element_size + block_k // 2), arch))
+    """Columns whose sum takes one scale: at most a group. Integer products are of at least 32, which hold two groups
+    of 16."""
+    return max(min(group_size, 128) if group_size > 0 else 128, 32 if element_size == 1 else 16)
 
 
 def split_size(features: int, columns: int, step: int, programs: int = 1) -> int:
@@ -91,9 +73,46 @@ def split_size(features: int, columns: int, step: int, programs: int = 1) -> int
     return _ceil_div(size, step) * step
 
 
-def sums_in_sequence(row_tiles: int, feature_tiles: int, multiprocessors: int) -> bool:
-    """Whether one program sums all splits, because there are programs enough without splits side by side."""
-    return row_tiles * feature_tiles >= multiprocessors
+def _stages(bytes_per_step: int, arch: str) -> int:
+    """Steps in flight: at most four, and no more than fit into half of the shared memory, to leave room for a second
+    block; two if that is all that fits."""
+    if arch.startswith("gfx"):
+        return 2
+    shared = SHARED_KIB.get(arch, 99) * 1024
+    return max(2 if 2 * bytes_per_step <= shared else 1, min(shared // 2 // bytes_per_step, 4))
+
+
+def forward_plan(
+    rows: int, features: int, columns: int, group_size: int, element_size: int, mode: str, arch: str, multiprocessors: int
+) -> Plan:  # fmt: skip
+    """Of the fused kernel; element_size is that of the activations in the product, 1 in mode a8."""
+    step = step_columns(group_size, element_size)
+    least = 128  # so that a split holds whole steps of every group size
+    split = split_size(features, columns, least)
+    largest = 64 if element_size == 4 or split < columns else 128
+    block_m = row_block(rows, largest)
+    # Wide tiles share a row of x among more output features; narrow ones give few rows more programs.
+    block_n = 128 if block_m >= 64 and element_size < 4 else 64
+    block_k = min(step, 32 if element_size == 4 else 64)
+    tiles = _ceil_div(rows, block_m) * _ceil_div(features, block_n)
+    if mode == "fast":
+        split = split_size(features, columns, least, _ceil_div(rows, block_m))
+    splits = _ceil_div(columns, split)
+    stages = _stages(step * (block_m * element_size + block_n // 2), arch)
+    tile = Tile(block_m, block_n, block_k, 8 if block_m >= 64 else 4, stages)
+    return Plan(tile, step, split, splits, splits > 1 and tiles >= multiprocessors)
+
+
+def backward_plan(rows: int, features: int, columns: int, element_size: int, arch: str, multiprocessors: int) -> Plan:
+    """Of the gradient's kernel, which sums over output features, block_n at a time, for tiles of columns."""
+    block_n, block_k = (32, 64) if element_size == 4 else (64, 64)
+    split = split_size(columns, features, block_n)
+    splits = _ceil_div(features, split)
+    block_m = row_block(rows, 64 if element_size == 4 or splits > 1 else 128)
+    tiles = _ceil_div(rows, block_m) * _ceil_div(columns, block_k)
+    stages = _stages(block_n * (block_m * element_size + block_k // 2), arch)
+    tile = Tile(block_m, block_n, block_k, 8 if block_m == 128 else 4, stages)
+    return Plan(tile, block_n, split, splits, splits > 1 and tiles >= multiprocessors)
 
 
 def dense_from(arch: str) -> int:

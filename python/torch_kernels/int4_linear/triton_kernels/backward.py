@@ -106,25 +106,26 @@ def int4_linear_backward(out, grad, weight, scales, zeros, perm, in_features, gr
     if features == 0 or columns == 0:
         return
     arch = architecture(grad.device)
-    tile = heuristics.backward_tile(rows, grad.element_size(), arch)
+    plan = heuristics.backward_plan(
+        rows, features, columns, grad.element_size(), arch, multiprocessors(grad.device)
+    )  # fmt: skip
+    tile = plan.tile
     column_tiles, row_tiles = triton.cdiv(columns, tile.block_k), triton.cdiv(rows, tile.block_m)
-    split_features = heuristics.split_size(columns, features, tile.block_n)
-    splits = triton.cdiv(features, split_features)
-    sequence = splits > 1 and heuristics.sums_in_sequence(row_tiles, column_tiles, multiprocessors(grad.device))
-    beside = 1 if sequence else splits
+    side_by_side = plan.splits > 1 and not plan.sequence
+    beside = plan.splits if side_by_side else 1
     target = rows_out
     with on_device(grad):
-        if beside > 1:
+        if side_by_side:
             target = torch.empty(beside, rows, columns, dtype=torch.float32, device=grad.device)
         int4_linear_backward_kernel[(column_tiles * row_tiles, beside)](
             target, grad, weight, scales, zeros, perm, rows, features, columns, scales.shape[0], in_features,
-            weight.shape[0], grad.stride(0), weight.stride(0), split_features,
-            GROUP=0 if group_size >= columns else max(group_size, 0), SEQUENCE=sequence, PARTIAL=beside > 1,
+            weight.shape[0], grad.stride(0), weight.stride(0), plan.split,
+            GROUP=0 if group_size >= columns else max(group_size, 0), SEQUENCE=plan.sequence, PARTIAL=side_by_side,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
             num_stages=tile.num_stages, **launch_options(arch),
         )  # fmt: skip
-        if beside > 1:
+        if side_by_side:
             sum_splits_kernel[(rows, triton.cdiv(columns, SUM_BLOCK))](
-                rows_out, target, None, perm, rows, columns, splits, in_features,
+                rows_out, target, None, perm, rows, columns, beside, in_features,
                 HAS_PERM=perm is not None, BLOCK=SUM_BLOCK,
             )  # fmt: skip

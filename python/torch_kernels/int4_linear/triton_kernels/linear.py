@@ -27,57 +27,62 @@ SUM_BLOCK = 512
 
 @triton.jit
 def _sum_columns(
-    x, row_scales, row_sums, weight, scales, zeros, first, begin, end, tiles_n, tile_stride, features, groups, row, rows,
-    columns, x_stride, row_groups,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, row_scales, row_sums, weight, scales, zeros, first, begin, end, tiles_n, tile_stride, features, groups, row,
+    rows, columns, x_stride, row_groups,
+    GROUP: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_M] sum over columns begin .. end-1, in float32. GROUP = 0 is one group of all columns."""
-    PARTS: tl.constexpr = BLOCK_K // GROUP if 0 < GROUP and GROUP < BLOCK_K else 1
+    dtype: tl.constexpr = x.dtype.element_ty
+    # In mode a8 the weight is q, else q - 8; the sums of x over the group correct for the rest.
+    BASE: tl.constexpr = 8.0 if dtype == tl.int8 else 0.0
+    # Groups in a step: one, except that integer products of 32 columns hold two groups of 16.
+    PARTS: tl.constexpr = STEP // GROUP if 0 < GROUP and GROUP < STEP else 1
     feature = first + tl.arange(0, BLOCK_N)
     offset = tl.arange(0, BLOCK_K)
     tile, in_tile = word_offsets(first, tiles_n, tile_stride, BLOCK_N, BLOCK_K)
     x_rows = x + row[None, :].to(tl.int64) * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for column in range(begin, end, BLOCK_K):
-        words = load_words(weight, tile, in_tile, column, tile_stride, BLOCK_K)
-        inside = (row < rows)[None, :] & (column + offset < columns)[:, None]
-        values = tl.load(x_rows + (column + offset)[:, None], mask=inside, other=0)
+    for start in range(begin, end, STEP):
         for part in tl.static_range(PARTS):
             group = 0
             if GROUP > 0:
-                group = tl.minimum(column // GROUP + part, groups - 1)
+                group = tl.minimum(start // GROUP + part, groups - 1)
             at = tl.cast(group, tl.int64) * features + feature
             scale = tl.load(scales + at, mask=feature < features, other=0.0).to(tl.float32)
             zero = None
-            correction = None
+            correction = tl.zeros((BLOCK_N,), tl.float32) - BASE
             if zeros is not None:
                 zero = tl.load(zeros + at, mask=feature < features, other=0.0)
-            if row_sums is not None:
-                # q is taken as it is in mode a8, else q - 8; the sums over the group correct for the rest.
-                BASE: tl.constexpr = 8.0 if x.dtype.element_ty == tl.int8 else 0.0
-                correction = tl.zeros((BLOCK_N,), tl.float32) - BASE
-                if zero is not None:
+                if row_sums is not None:
                     correction -= zero.to(tl.float32)
-                zero = None
-            w = unpack(words, zero, x.dtype.element_ty, BLOCK_N, BLOCK_K)
-            chosen = values
-            if PARTS > 1:
-                chosen = tl.where((offset // GROUP == part)[:, None], values, 0).to(values.dtype)
-            if x.dtype.element_ty == tl.int8:
-                step_sum = tl.dot(w, chosen, out_dtype=tl.int32).to(tl.float32)
-            else:
-                step_sum = tl.dot(w, chosen, input_precision="ieee")
-            at_row = row.to(tl.int64) * row_groups + column // BLOCK_K * PARTS + part
+                    zero = None
+
+            product = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if dtype == tl.int8 else tl.float32)
+            for chunk in tl.static_range(STEP // BLOCK_K):
+                column = start + chunk * BLOCK_K
+                words = load_words(weight, tile, in_tile, column, tile_stride, BLOCK_K)
+                w = unpack(words, zero, dtype, BLOCK_N, BLOCK_K)
+                inside = (row < rows)[None, :] & (column + offset < columns)[:, None]
+                values = tl.load(x_rows + (column + offset)[:, None], mask=inside, other=0)
+                if PARTS > 1:
+                    values = tl.where((offset // GROUP == part)[:, None], values, 0).to(dtype)
+                if dtype == tl.int8:
+                    product = tl.dot(w, values, product, out_dtype=tl.int32)
+                else:
+                    product = tl.dot(w, values, product, input_precision="ieee")
+
+            product = product.to(tl.float32)
+            at_row = row.to(tl.int64) * row_groups + start // STEP * PARTS + part
             if row_sums is not None:
                 total = tl.load(row_sums + at_row, mask=row < rows, other=0.0)
-                step_sum = tl.fma(
+                product = tl.fma(
                     tl.broadcast_to(correction[:, None], (BLOCK_N, BLOCK_M)),
                     tl.broadcast_to(total[None, :], (BLOCK_N, BLOCK_M)),
-                    step_sum,
+                    product,
                 )
             if row_scales is not None:
-                step_sum *= tl.load(row_scales + at_row, mask=row < rows, other=0.0)[None, :]
-            sums = tl.fma(step_sum, tl.broadcast_to(scale[:, None], (BLOCK_N, BLOCK_M)), sums)
+                product *= tl.load(row_scales + at_row, mask=row < rows, other=0.0)[None, :]
+            sums = tl.fma(product, tl.broadcast_to(scale[:, None], (BLOCK_N, BLOCK_M)), sums)
     return sums
 
 
@@ -85,7 +90,8 @@ def _sum_columns(
 def int4_linear_kernel(
     out, x, row_scales, row_sums, weight, scales, zeros, bias, rows, features, columns, tiles_n, groups, x_stride,
     tile_stride, row_groups, split_columns,
-    GROUP: tl.constexpr, SEQUENCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, SEQUENCE: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (feature tiles * row tiles, splits side by side). With several, out is [splits, rows, features] in float32.
     SEQUENCE: the program sums all splits."""
@@ -98,14 +104,14 @@ def int4_linear_kernel(
             sums += _sum_columns(
                 x, row_scales, row_sums, weight, scales, zeros, first, begin,
                 tl.minimum(begin + split_columns, columns), tiles_n, tile_stride, features, groups, row, rows,
-                columns, x_stride, row_groups, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+                columns, x_stride, row_groups, GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         begin = tl.program_id(1) * split_columns
         sums = _sum_columns(
             x, row_scales, row_sums, weight, scales, zeros, first, begin, tl.minimum(begin + split_columns, columns),
             tiles_n, tile_stride, features, groups, row, rows, columns, x_stride, row_groups,
-            GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+            GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     feature = first + tl.arange(0, BLOCK_N)
     if bias is not None:
@@ -172,8 +178,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def _dense(out, x, weight, scales, zeros, bias, features, columns, group_size):
+def _dense(out, x, weight, scales, zeros, bias, group_size):
     """The product with W dequantised to x's dtype, a chunk of output features after another."""
+    features, columns = out.shape[1], x.shape[1]
     chunk = min(max(DENSE_WORKSPACE_BYTES // (2 * columns) // 128, 1) * 128, features)
     workspace = torch.empty(chunk, columns, dtype=x.dtype, device=x.device)
     tiles_n, tile_stride = weight.shape[0], weight.stride(0)
@@ -203,38 +210,39 @@ def int4_linear(out, x, weight, scales, zeros, perm, bias, out_features, group_s
     arch, quantise = architecture(x.device), mode == "a8"
     # One group of all columns needs no group index.
     group_size = -1 if group_size >= packed_columns else group_size
-    tile = heuristics.forward_tile(rows, group_size, 1 if quantise else x.element_size(), arch)
-    row_group = min(group_size, tile.block_k) if group_size > 0 else tile.block_k
-    fractional = zeros is not None and zeros.dtype == torch.float32 and x.element_size() < 4
+    fractional = zeros is not None and zeros.dtype == torch.float32 and x.element_size() == 2
+    dense = mode == "fast" and x.element_size() == 2 and rows >= heuristics.dense_from(arch)
+    dense = dense and (bias is None or bias.dtype == x.dtype)
+    step = heuristics.step_columns(group_size, 1 if quantise else x.element_size())
+    row_group = min(group_size, step) if group_size > 0 else step
     with on_device(x):
-        dense = mode == "fast" and x.element_size() == 2 and rows >= heuristics.dense_from(arch)
-        dense = dense and (bias is None or bias.dtype == x.dtype)
         sums = quantise or (fractional and not dense)
-        x, row_scales, row_sums = prepare(x, perm, packed_columns, row_group, tile.block_k, quantise, sums)
+        x, row_scales, row_sums = prepare(x, perm, packed_columns, row_group, step, quantise, sums)
         if dense:
-            x = x[:, :packed_columns]
-            _dense(rows_out, x, weight, scales, zeros, bias, out_features, packed_columns, group_size)
-            return
+            _dense(rows_out, x[:, :packed_columns], weight, scales, zeros, bias, group_size)
+        else:
+            plan = heuristics.forward_plan(
+                rows, out_features, packed_columns, group_size, x.element_size(), mode, arch, multiprocessors(x.device)
+            )
+            _fused(rows_out, x, row_scales, row_sums, weight, scales, zeros, bias, group_size, plan, arch)
 
-        feature_tiles, row_tiles = triton.cdiv(out_features, tile.block_n), triton.cdiv(rows, tile.block_m)
-        # Mode fast makes splits only where few rows leave a GPU empty.
-        programs = row_tiles * tile.block_n // 64 if mode == "fast" else 1
-        split_columns = heuristics.split_size(out_features, x.shape[1], max(tile.block_k, 128), programs)
-        splits = triton.cdiv(x.shape[1], split_columns)
-        sequence = splits > 1 and heuristics.sums_in_sequence(row_tiles, feature_tiles, multiprocessors(x.device))
-        beside = 1 if sequence else splits
-        target = rows_out
-        if beside > 1:
-            target = torch.empty(beside, rows, out_features, dtype=torch.float32, device=x.device)
-        int4_linear_kernel[(feature_tiles * row_tiles, beside)](
-            target, x, row_scales, row_sums, weight, scales, zeros, bias if beside == 1 else None, rows, out_features,
-            x.shape[1], weight.shape[0], scales.shape[0], x.stride(0), weight.stride(0),
-            0 if row_sums is None else row_sums.shape[1], split_columns,
-            GROUP=max(group_size, 0), SEQUENCE=sequence, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
-        )  # fmt: skip
-        if beside > 1:
-            sum_splits_kernel[(rows, triton.cdiv(out_features, SUM_BLOCK))](
-                rows_out, target, bias, None, rows, out_features, splits, out_features,
-                HAS_PERM=False, BLOCK=SUM_BLOCK,
-            )  # fmt: skip
+
+def _fused(out, x, row_scales, row_sums, weight, scales, zeros, bias, group_size, plan, arch):
+    (rows, features), tile = out.shape, plan.tile
+    feature_tiles, row_tiles = triton.cdiv(features, tile.block_n), triton.cdiv(rows, tile.block_m)
+    side_by_side = plan.splits > 1 and not plan.sequence
+    beside = plan.splits if side_by_side else 1
+    target = out
+    if side_by_side:
+        target = torch.empty(beside, rows, features, dtype=torch.float32, device=x.device)
+    int4_linear_kernel[(feature_tiles * row_tiles, beside)](
+        target, x, row_scales, row_sums, weight, scales, zeros, None if side_by_side else bias, rows, features,
+        x.shape[1], weight.shape[0], scales.shape[0], x.stride(0), weight.stride(0),
+        0 if row_sums is None else row_sums.shape[1], plan.split,
+        GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
+    )  # fmt: skip
+    if side_by_side:
+        sum_splits_kernel[(rows, triton.cdiv(features, SUM_BLOCK))](
+            out, target, bias, None, rows, features, beside, features, HAS_PERM=False, BLOCK=SUM_BLOCK
+        )
