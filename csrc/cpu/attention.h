@@ -131,12 +131,13 @@ struct Tile {
 };
 
 // Brings the tile after this one into the cache while this one is computed: a few rows with each call, because a core
-// can wait for few lines at a time.
+// can wait for few lines at a time. The softmax calls every kKeysPerFetch keys, in both of its passes.
+inline constexpr int kKeysPerFetch = 4;
 struct Ahead {
   Tile keys, values;
   int key_bytes, value_bytes, head, at, each;
 
-  void start(int next_head, int calls) { head = next_head, at = 0, each = (2 * keys.count + calls - 1) / calls; }
+  void start(int next_head, int calls) { head = next_head, at = 0, each = 2 * keys.count / std::max(1, calls) + 1; }
   void fetch() {
     for (int end = std::min(at + each, 2 * keys.count); at < end; at++) {
       bool key = at < keys.count;
@@ -163,7 +164,11 @@ struct VisibleFrom {
   template <class Real>
   MaskOf<Real> lanes(int key, int row) const {
     MaskOf<Real> first;
-    for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
+    if constexpr (sizeof(Real) == sizeof *first_visible) {
+      std::memcpy(&first, first_visible + row, sizeof first);
+    } else {
+      for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
+    }
     return key >= first;
   }
 };
@@ -271,7 +276,6 @@ struct SoftmaxRows {
   struct Tiles {
     Tile keys, values;
     Ahead ahead;
-    int heads;
   };
   void load_tiles(Tiles& tiles, const RowSource& keys, const RowSource& values, int heads, int64_t first, int count,
                   bool masked) {
@@ -295,7 +299,6 @@ struct SoftmaxRows {
       tiles.values.copied(value_tiles, value_stride() * sizeof(Element), padded_count);
     }
     int next = int(std::clamp<int64_t>(keys.slots - first - count, 0, kKeyTile));
-    tiles.heads = heads;
     tiles.ahead.key_bytes = int(channels * keys.element_size());
     tiles.ahead.value_bytes = int(value_channels * values.element_size());
     tiles.ahead.keys.stay(keys, first + count, next);
@@ -309,9 +312,7 @@ struct SoftmaxRows {
     Ahead& ahead = tiles.ahead;
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
     Element* value_tile = value_tiles + head * kKeyTile * value_stride();
-    int parts = (padded_count + 31) / 32;
-    ahead.start(head, (parts + padded_rows / kRowBlock + 1) * (padded_value_channels / 32) +
-                          padded_rows / kRowAlign * parts * 16 + 4);
+    ahead.start(head, padded_rows / kLane * 2 * (padded_count / kKeysPerFetch));
     nonfinite.clear();
     if constexpr (Visible::kMasks) take_nonfinite(value_tile, count);
     if constexpr (kPack > 1) {
@@ -327,8 +328,7 @@ struct SoftmaxRows {
       }
     }
     for (int block = 0; block < padded_rows; block += kRowBlock) {
-      int width = block_rows(block);
-      int run = std::min(keys.run, 32);
+      int width = block_rows(block), run = std::min(keys.run, 32);
       for (int key = 0; key < padded_count; key += run) {
         matmul<false, true>(reinterpret_cast<const Unit*>(keys.row(key, head)), keys.stride / sizeof(Unit),
                             queries + int64_t(block) * padded_channels / kPack, width, scores + key * width, width,
@@ -338,12 +338,8 @@ struct SoftmaxRows {
       softmax(block, width, count, padded_count, scale, softcap, visible, ahead);
       Real* block_out = out + int64_t(block) * padded_value_channels;
       if constexpr (kPack > 1) {
-        for (int channel = 0; channel < padded_value_channels; channel += 32) {
-          matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed + channel * kKeyTile), kKeyTile / kPack,
-                             weights, width, block_out + channel * width, width,
-                             std::min(32, padded_value_channels - channel), width, padded_count / kPack);
-          ahead.fetch();
-        }
+        matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, weights, width, block_out,
+                           width, padded_value_channels, width, padded_count / kPack);
       } else {
         matmul<true, false>(value_tile, value_stride(), scores, width, block_out, width, padded_value_channels, width,
                             padded_count);
@@ -365,7 +361,7 @@ struct SoftmaxRows {
     for (int c = 0; c < width; c += kLane) {
       Vector<Real> highest = broadcast(-kInfinity);
       for (int key = 0; key < count; key++) {
-        if (key % 4 == 0) ahead.fetch();
+        if (key % kKeysPerFetch == 0) ahead.fetch();
         Real* at = scores + key * width + c;
         Vector<Real> s = load(at);
         if (rewrite) s = softcap > 0 ? tanh_vector(s * (scale / softcap)) : s * scale;
@@ -398,7 +394,7 @@ struct SoftmaxRows {
         };
         int key = 0;
         for (; key + 2 <= count; key += 2) {
-          if (key % 4 == 0) ahead.fetch();
+          if (key % kKeysPerFetch == 0) ahead.fetch();
           Vector<Real> low = weight(key), high = weight(key + 1);
           put(key, low, high);
         }

@@ -52,7 +52,9 @@ inline TreeAttentionPlan make_plan(const TreeAttentionParams& p) {
   bool fp32 = p.q.dtype == DType::float32;
 
   plan.head_tile = head <= 64 ? 64 : head <= 128 ? 128 : 256;
-  plan.row_tile = fp32 ? 16 : rows <= 16 && head <= 128 ? 16 : rows <= 32 ? 32 : 64;
+  // 64 rows of 256 channels and a decoder of 8-bit keys need more registers than there are.
+  bool narrow = head > 128 && p.k_scale;
+  plan.row_tile = fp32 ? 16 : rows <= 16 && head <= 128 ? 16 : rows <= 32 || narrow ? 32 : 64;
   plan.key_tile = fp32 || head > 128 ? 32 : 64;
   plan.row_tiles = int((rows + plan.row_tile - 1) / plan.row_tile);
   plan.min_split_keys = int(std::clamp<int64_t>(16 * rows, 256, 1024));

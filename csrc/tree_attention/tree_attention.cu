@@ -16,7 +16,7 @@ namespace {
 
 // One warp per row of the output: the splits' states and accumulators in ascending order.
 template <class T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 8)
     tree_attention_combine_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
   int nodes = int(p.q.size[1]), query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]),
       value_size = int(p.v_cache.size[3]);

@@ -380,7 +380,8 @@ void launch_tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan
            partials);
   };
   auto with_rows = [&]<int kHeadTile>() {
-    if (plan.row_tile == 64) return start.template operator()<kHeadTile, 64>();
+    if constexpr (kHeadTile < 256 || sizeof(Cache) == sizeof(T))
+      if (plan.row_tile == 64) return start.template operator()<kHeadTile, 64>();
     if (plan.row_tile == 32) return start.template operator()<kHeadTile, 32>();
     if constexpr (kHeadTile < 256) start.template operator()<kHeadTile, 16>();
   };
