@@ -315,6 +315,15 @@ def test_training_around_quantised_layers() -> None:
     assert isinstance(frozen, Int4Weight)
 
 
+def test_functional_linear_takes_the_weight() -> None:
+    call = make(Case(zeros="int", bias="same"))
+    expected = torch_kernels.int4_linear(call.x, call.weight, call.bias)
+    assert_bitwise("out", nn.functional.linear(call.x, call.weight, call.bias), expected)
+    assert_bitwise("out", nn.functional.linear(call.x, weight=call.weight, bias=call.bias), expected)
+    with pytest.raises(TypeError):
+        torch.matmul(call.x, call.weight)
+
+
 def test_encoder_layer_in_evaluation() -> None:
     """torch's fused path reads weights itself; it must notice that these are not its own."""
     torch.manual_seed(0)
