@@ -4,6 +4,7 @@
 #pragma once
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
+#include "int4_linear/parameters.cuh"
 #include "int4_linear/plan.h"
 
 namespace torch_kernels {
@@ -17,7 +18,9 @@ struct Int4LinearWork {
   int features;           // N
   const float* x_scales;  // int8 x: [x_scale_rows, x_scale_stride]
   int64_t x_scale_stride;
-  Tensor weight, scales, zeros, bias;
+  Tensor weight;
+  Int4Parameters scales, zeros;
+  Tensor bias;
   Tensor out;       // from this launch's first row on
   float* partials;  // [splits, rows, N] when there are several splits
 
@@ -47,28 +50,6 @@ DEVICE void copy_weight_tile(char* to, const Tensor& weight, int tile_n, int til
       static_cast<const char*>(weight.data) + (int64_t(tile_n) * weight.size[1] + tile_k) * kInt4TileBytes + lane * 16;
   ptx::cp_async_16(to + lane * 16, from);
   ptx::cp_async_16(to + 512 + lane * 16, from + 512);
-}
-
-// `groups` rows of [G, N] scales or zero points, `width` features from `feature` on; zeros where there are none.
-template <int kThreads>
-DEVICE void copy_parameters(char* to, const Tensor& from, int group, int groups, int feature, int width, int features) {
-  if (!from) return;
-  int size = from.dtype == DType::float32 ? 4 : 2, chunks = width * size / 16;
-  int aligned = copy_width(reinterpret_cast<uint64_t>(from.data) | uint64_t(from.stride[0] * size));
-  for (int i = threadIdx.x; i < groups * chunks; i += kThreads) {
-    int row = group + i / chunks, offset = i % chunks * 16, valid = min((features - feature) * size - offset, 16);
-    bool exists = row < from.size[0] && valid > 0;
-    const char* base = static_cast<const char*>(from.data);
-    if (exists) base += (row * from.stride[0] + feature) * size + offset;
-    copy_chunk(to + i * 16, base, exists ? valid : 0, aligned);
-  }
-}
-
-// Element i of what copy_parameters put at byte `offset`.
-DEVICE float load_parameter(int offset, DType dtype, int i) {
-  if (dtype == DType::float32) return shared_array<float>(offset, i + 1)[i];
-  unsigned short bits = shared_array<unsigned short>(offset, i + 1)[i];
-  return dtype == DType::float16 ? unpack<__half>(bits, 0) : unpack<__nv_bfloat16>(bits, 0);
 }
 
 // Waits until at most `pending` of this thread's committed groups are in flight; more than `most` counts as `most`.
@@ -129,12 +110,6 @@ struct Int4LinearStages {
 
   DEVICE int stages() const { return (last_tile - first_tile + kTiles - 1) / kTiles; }
   DEVICE int warp_feature() const { return feature0 + warp * kInt4TileFeatures; }
-  // The group of a sixteen of columns, relative to the first group of its stage.
-  DEVICE int group_in_stage(int sixteen, int shift) const {
-    int stage_start = sixteen - (sixteen - first_tile * 4) % (kColumns / 16);
-    return (sixteen >> shift) - (stage_start >> shift);
-  }
-
   // Starts the copies of stage `stage` into a buffer.
   DEVICE void copy_stage(int stage, char* to) const {
     int tile = first_tile + stage * kTiles, column = tile * kInt4TileColumns;
@@ -156,10 +131,8 @@ struct Int4LinearStages {
 
     constexpr int kSixteens = kColumns / 16;
     int groups = max(1, kSixteens >> work.plan.group_shift), group = column / 16 >> work.plan.group_shift;
-    copy_parameters<kThreads>(to + work.plan.stage.scales, work.scales, group, groups, feature0, kColumnTile,
-                              work.features);
-    copy_parameters<kThreads>(to + work.plan.stage.zeros, work.zeros, group, groups, feature0, kColumnTile,
-                              work.features);
+    work.scales.template copy<kThreads, kColumnTile>(to + work.plan.stage.scales, group, groups, feature0);
+    work.zeros.template copy<kThreads, kColumnTile>(to + work.plan.stage.zeros, group, groups, feature0);
     if constexpr (sizeof(X) == 1) {
       int sums = kSixteens >> work.plan.sum_shift, sum = column / 16 >> work.plan.sum_shift;
       for (int i = thread; i < sums * (kRows / 4); i += kThreads) {
