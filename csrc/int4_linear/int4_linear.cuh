@@ -287,13 +287,12 @@ __global__ void __launch_bounds__(32 * kWarps, kRows <= 16   ? 4
                                                              : 8 / kWarps)
     int4_linear_kernel(const __grid_constant__ Int4LinearWork work) {
   Int4LinearBlock<X, kRows, kWarps> block(work);
-  bool active = block.warp_feature() < work.features;
   auto copy = [&](int stage, char* to) { block.copy_stage(stage, to); };
   auto compute = [&](int stage, int buffer) {
-    if (active) block.multiply_stage(stage, buffer);
+    if (block.active) block.multiply_stage(stage, buffer);
   };
   run_stages(block.stages(), work.plan.stages, work.plan.stage.bytes, copy, compute);
-  if (active) block.store_all();
+  if (block.active) block.store_all();
 }
 
 template <class X, int kRows, int kWarps>

@@ -48,6 +48,7 @@ struct Int4BackwardBlock {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row0 = int(blockIdx.x % work.row_tiles) * kRows, rows = min(work.rows - row0, kRows);
   const int tile_k = int(blockIdx.x / work.row_tiles) * kWarps + warp;
+  const bool active = tile_k < work.weight.size[1];  // whether this warp has columns
   const int block_group = (tile_k - warp) * 4 >> work.group_shift;
   const int groups = max(1, kColumnTile / 16 >> work.group_shift);
   char* const shared = dynamic_shared<char>();
@@ -58,7 +59,9 @@ struct Int4BackwardBlock {
   DEVICE void copy_stage(int stage, char* to) const {
 #pragma unroll
     for (int i = 0; i < kTiles; i++)
-      copy_weight_tile(to + (warp * kTiles + i) * kInt4TileBytes, work.weight, stage * kTiles + i, tile_k, lane);
+      if (active && stage * kTiles + i < work.weight.size[0])
+        copy_weight_tile(to + (warp * kTiles + i) * kInt4TileBytes,
+                         weight_tile(work.weight, stage * kTiles + i, tile_k, lane), lane);
     constexpr int kChunks = kRowBytes / 16;
     int chunk = thread % kChunks, feature = stage * kFeatures;
     int valid = (work.grad_columns - feature) * int(sizeof(T)) - chunk * 16;
@@ -202,13 +205,12 @@ template <class T, int kRows>
 __global__ void __launch_bounds__(kThreads, 2)
     int4_linear_backward_kernel(const __grid_constant__ Int4BackwardWork work) {
   Int4BackwardBlock<T, kRows> block(work);
-  bool active = block.tile_k < work.weight.size[1];
   auto copy = [&](int stage, char* to) { block.copy_stage(stage, to); };
   auto compute = [&](int stage, int buffer) {
-    if (active) block.multiply_stage(stage, buffer);
+    if (block.active) block.multiply_stage(stage, buffer);
   };
   run_stages(int((work.weight.size[0] + kTiles - 1) / kTiles), work.stages, work.stage.bytes, copy, compute);
-  if (active) block.store_all();
+  if (block.active) block.store_all();
 }
 
 // Columns that no packed column comes from have gradient zero.

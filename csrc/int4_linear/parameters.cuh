@@ -40,12 +40,12 @@ struct Int4Parameters {  // [groups, features]
   template <int kCount>
   DEVICE void load(float (&values)[kCount], int offset, int first) const {
     if (dtype == DType::float32) {
-      Shared<float> from = shared_array<float>(offset, first + 8 * kCount);
+      Shared<float> from = shared_array<float>(offset, first + 8 * kCount - 7);
 #pragma unroll
       for (int i = 0; i < kCount; i++) values[i] = from[first + 8 * i];
       return;
     }
-    Shared<uint16_t> from = shared_array<uint16_t>(offset, first + 8 * kCount);
+    Shared<uint16_t> from = shared_array<uint16_t>(offset, first + 8 * kCount - 7);
     unsigned bits[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; i++) bits[i] = from[first + 8 * i];
