@@ -296,9 +296,8 @@ def test_wrong_options_change_nothing(options: dict[str, Any], message: str) -> 
 def test_training_around_quantised_layers() -> None:
     """As with adapters: what lies before and after learns, the 4-bit weight does not."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(16, 32), quantize_(nn.Sequential(nn.Linear(32, 32)), group_size=16), nn.Linear(32, 1)
-    )
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 1))
+    quantize_(model, group_size=16, filter=lambda name, layer: name == "1")
     frozen = model[1].weight
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     data = torch.randn(64, 16)

@@ -99,9 +99,9 @@ def int4_linear_backward(out, grad, weight, scales, zeros, perm, in_features, gr
     features = grad.shape[-1]
     if out.numel() == 0:
         return
-    rows_out, grad = out.view(-1, in_features), grad.reshape(-1, features)
+    rows, columns = out.numel() // in_features, in_features if perm is None else perm.shape[0]
+    rows_out, grad = out.view(rows, in_features), grad.reshape(rows, features)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    rows, columns = grad.shape[0], in_features if perm is None else perm.shape[0]
     if perm is not None or features == 0:
         rows_out.zero_()
     if features == 0 or columns == 0:

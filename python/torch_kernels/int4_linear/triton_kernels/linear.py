@@ -115,8 +115,8 @@ def int4_linear_kernel(
     else:
         begin = tl.program_id(1) * split_steps * STEP
         sums = _sum_columns(
-            x, row_scales, row_sums, weight, scales, zeros, first, begin, tl.minimum(begin + split_steps * STEP, columns),
-            tiles_n, tile_stride, features, groups, row, rows, columns, x_stride, row_groups,
+            x, row_scales, row_sums, weight, scales, zeros, first, begin,
+            tl.minimum(begin + split_steps * STEP, columns), tiles_n, tile_stride, features, groups, row, rows, columns, x_stride, row_groups,
             EVEN, GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     feature = first + tl.arange(0, BLOCK_N)
@@ -207,9 +207,10 @@ def _dense(out, x, weight, scales, zeros, bias, group_size):
 def int4_linear(out, x, weight, scales, zeros, perm, bias, out_features, group_size, mode):
     if out.numel() == 0:
         return
-    rows_out, x = out.view(-1, out_features), x.reshape(-1, x.shape[-1])
+    rows, in_features = out.numel() // out_features, x.shape[-1]
+    rows_out, x = out.view(rows, out_features), x.reshape(rows, in_features)
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows, packed_columns = x.shape[0], x.shape[1] if perm is None else perm.shape[0]
+    packed_columns = in_features if perm is None else perm.shape[0]
     if packed_columns == 0:
         rows_out.copy_(torch.zeros(()) if bias is None else bias)
         return
@@ -245,8 +246,8 @@ def _fused(out, x, row_scales, row_sums, weight, scales, zeros, bias, group_size
         target, x, row_scales, row_sums, weight, scales, zeros, None if side_by_side else bias, rows, features,
         x.shape[1], weight.shape[0], scales.shape[0], x.stride(0), weight.stride(0),
         0 if row_sums is None else row_sums.shape[1], plan.split // plan.step,
-        EVEN=x.shape[1] % plan.step == 0, GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
+        EVEN=x.shape[1] % plan.step == 0, GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
     )  # fmt: skip
     if side_by_side:
         sum_splits_kernel[(rows, triton.cdiv(features, SUM_BLOCK))](
