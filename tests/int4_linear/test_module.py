@@ -308,7 +308,7 @@ def test_training_around_quantised_layers() -> None:
         loss = (model(data) - target).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     assert_same(model[1].weight, frozen)
     assert isinstance(frozen, Int4Weight)

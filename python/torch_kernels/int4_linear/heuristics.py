@@ -52,10 +52,11 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def row_block(rows: int) -> int:
+def row_block(rows: int, largest: int = 64) -> int:
     """The number of rows in a tile for which all tiles together cost least, counting unpacking. Tiles of 128 rows spill
     registers."""
-    return min((16, 32, 64), key=lambda size: (_ceil_div(rows, size) * (size + UNPACK_ROWS), size))
+    sizes = [size for size in (16, 32, 64) if size <= largest]
+    return min(sizes, key=lambda size: (_ceil_div(rows, size) * (size + UNPACK_ROWS), size))
 
 
 def step_columns(group_size: int, element_size: int) -> int:
@@ -91,9 +92,9 @@ def forward_plan(
     step = step_columns(group_size, element_size)
     least = 128  # so that a split holds whole steps of every group size
     split = split_size(features, columns, least)
-    block_m = row_block(rows)
+    block_m = row_block(rows, 32 if element_size == 4 else 64)
     # Wide tiles share a row of x among more output features; narrow ones give few rows more programs.
-    block_n = 128 if block_m == 64 and element_size < 4 else 64
+    block_n = 128 if block_m == 64 else 64
     block_k = min(step, 16 if element_size == 4 else 64)
     tiles = _ceil_div(rows, block_m) * _ceil_div(features, block_n)
     if mode == "fast":

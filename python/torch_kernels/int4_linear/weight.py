@@ -300,7 +300,7 @@ class Int4Weight:
         """
         tensors = {"qweight": self.qweight, "scales": self.scales, "zeros": self.zeros, "g_idx": self.g_idx}
         ints = {"in_features": self.in_features, "group_size": self.group_size}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None} | ints
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None} | ints
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any]) -> Int4Weight:
@@ -357,8 +357,7 @@ def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
     if not grouped.numel():
         nothing = grouped.new_zeros(grouped.shape[:2], dtype=torch.float64)
         return nothing, nothing
-    low, high = grouped.aminmax(dim=-1)
-    return low.double().clamp(max=0), high.double().clamp(min=0)
+    return grouped.amin(-1).double().clamp(max=0), grouped.amax(-1).double().clamp(min=0)
 
 
 def _round_up(values: Tensor, dtype: torch.dtype) -> Tensor:

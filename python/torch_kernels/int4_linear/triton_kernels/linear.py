@@ -116,8 +116,8 @@ def int4_linear_kernel(
         begin = tl.program_id(1) * split_steps * STEP
         sums = _sum_columns(
             x, row_scales, row_sums, weight, scales, zeros, first, begin,
-            tl.minimum(begin + split_steps * STEP, columns), tiles_n, tile_stride, features, groups, row, rows, columns, x_stride, row_groups,
-            EVEN, GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
+            tl.minimum(begin + split_steps * STEP, columns), tiles_n, tile_stride, features, groups, row, rows,
+            columns, x_stride, row_groups, EVEN, GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     feature = first + tl.arange(0, BLOCK_N)
     if bias is not None:
@@ -247,7 +247,8 @@ def _fused(out, x, row_scales, row_sums, weight, scales, zeros, bias, group_size
         x.shape[1], weight.shape[0], scales.shape[0], x.stride(0), weight.stride(0),
         0 if row_sums is None else row_sums.shape[1], plan.split // plan.step,
         EVEN=x.shape[1] % plan.step == 0, GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
     )  # fmt: skip
     if side_by_side:
         sum_splits_kernel[(rows, triton.cdiv(features, SUM_BLOCK))](
