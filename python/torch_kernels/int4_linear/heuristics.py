@@ -62,7 +62,7 @@ def row_block(rows: int, largest: int = 64) -> int:
 def step_columns(group_size: int, element_size: int) -> int:
     """Columns whose sum takes one scale: at most a group, and few enough for the registers. Integer products are of at
     least 32, which hold two groups of 16."""
-    most, least = {1: (128, 32), 2: (128, 16), 4: (64, 16)}[element_size]
+    most, least = {1: (128, 32), 2: (128, 16), 4: (32, 16)}[element_size]
     return max(min(group_size, most) if group_size > 0 else most, least)
 
 
@@ -92,9 +92,9 @@ def forward_plan(
     step = step_columns(group_size, element_size)
     least = 128  # so that a split holds whole steps of every group size
     split = split_size(features, columns, least)
-    block_m = row_block(rows, 32 if element_size == 4 else 64)
+    block_m = row_block(rows, 16 if element_size == 4 else 64)
     # Wide tiles share a row of x among more output features; narrow ones give few rows more programs.
-    block_n = 128 if block_m == 64 else 64
+    block_n = 32 if element_size == 4 else 128 if block_m == 64 else 64
     block_k = min(step, 16 if element_size == 4 else 64)
     tiles = _ceil_div(rows, block_m) * _ceil_div(features, block_n)
     if mode == "fast":
