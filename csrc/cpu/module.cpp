@@ -9,6 +9,8 @@ namespace torch_kernels {
 void bind_dispatcher(nb::module_& module);
 void bind_tree_attention(nb::module_& module);
 void bind_tree_validation(nb::module_& module);
+void bind_int4_linear(nb::module_& module);
+void bind_int4_validation(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -38,4 +40,6 @@ NB_MODULE(_cpu, module) {
   peak("peak_int8", cpu::peak_int8);
   bind_tree_attention(module);
   bind_tree_validation(module);
+  bind_int4_linear(module);
+  bind_int4_validation(module);
 }
