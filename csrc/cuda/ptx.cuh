@@ -212,6 +212,20 @@ DEVICE void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// --- Kernels that follow one another in a stream: see launch_early(). Without effect before sm_90. ---
+
+// Until the previous kernel has ended and what it wrote is visible.
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // --- Global loads of 4, 8 or 16 bytes. `streaming` data is read once: it does not take up L1. ---
 
 DEVICE unsigned load_streaming_4(const void* from) {

@@ -112,6 +112,9 @@ inline void barrier_arrive(int id, int threads, Site site = Site::current()) {
   emulator::block_barrier(id, threads, false, 0, "bar.arrive", site);
 }
 
+inline void wait_for_previous_kernel() {}  // kernels run one after another
+inline void let_next_kernel_start() {}
+
 template <class V>
 V load_aligned(const void* from, Site site) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(V))

@@ -11,14 +11,18 @@ void launch_int4_linear(const Int4LinearWork& work, void* stream);
 
 namespace {
 
-// The splits of each element in ascending order.
-__global__ void __launch_bounds__(256) int4_linear_add_splits_kernel(const __grid_constant__ Int4LinearWork work) {
-  int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x, count = int64_t(work.rows) * work.features;
-  if (i >= count) return;
+// The splits of each element in ascending order. `blocks` of them make a row.
+__global__ void __launch_bounds__(256)
+    int4_linear_add_splits_kernel(const __grid_constant__ Int4LinearWork work, unsigned blocks) {
+  int row = int(blockIdx.x / blocks), feature = int(blockIdx.x % blocks * 256 + threadIdx.x);
+  if (feature >= work.features) return;
+  ptx::wait_for_previous_kernel();
+  const float* partial = work.partials + int64_t(row) * work.features + feature;
+  int64_t stride = int64_t(work.rows) * work.features;
   float value = 0;
 #pragma unroll 4
-  for (int split = 0; split < work.plan.splits; split++) value += work.partials[split * count + i];
-  finish_element(work.out, work.bias, i / work.features, int(i % work.features), value);
+  for (int split = 0; split < work.plan.splits; split++) value += partial[split * stride];
+  finish_element(work.out, work.bias, row, feature, value);
 }
 
 }  // namespace
@@ -43,6 +47,7 @@ void int4_linear(const Int4LinearParams& p, const Context& context) {
   auto* partials = static_cast<float*>(allocate(plan.splits > 1 ? plan.splits * slab * p.out_features * 4 : 0));
 
   Int4LinearWork work{.plan = plan,
+                      .x_prepared = !direct,
                       .x = static_cast<const char*>(copy),
                       .x_row_bytes = direct ? p.x.stride[0] * x_size : row_bytes,
                       .columns = int(direct ? columns : width),
@@ -74,9 +79,10 @@ void int4_linear(const Int4LinearParams& p, const Context& context) {
       launch_int4_linear<__nv_bfloat16>(work, context.stream);
     else
       launch_int4_linear<float>(work, context.stream);
+    unsigned blocks = unsigned((p.out_features + 255) / 256);
     if (plan.splits > 1)
-      launch(int4_linear_add_splits_kernel, (work.rows * p.out_features + 255) / 256, dim3(256), 0, context.stream,
-             work);
+      launch_early(int4_linear_add_splits_kernel, int64_t(work.rows) * blocks, dim3(256), 0, context.stream, work,
+                   blocks);
   }
 }
 

@@ -287,6 +287,8 @@ __global__ void __launch_bounds__(32 * kWarps, kRows <= 16   ? 4
                                                              : 8 / kWarps)
     int4_linear_kernel(const __grid_constant__ Int4LinearWork work) {
   Int4LinearBlock<X, kRows, kWarps> block(work);
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
   auto copy = [&](int stage, char* to) { block.copy_stage(stage, to); };
   auto compute = [&](int stage, int buffer) {
     if (block.active) block.multiply_stage(stage, buffer);
@@ -298,8 +300,9 @@ __global__ void __launch_bounds__(32 * kWarps, kRows <= 16   ? 4
 template <class X, int kRows, int kWarps>
 void launch_int4_linear_tile(const Int4LinearWork& work, void* stream) {
   int64_t row_tiles = (work.rows + kRows - 1) / kRows;
-  launch(int4_linear_kernel<X, kRows, kWarps>, row_tiles * work.plan.column_tiles * work.plan.splits, dim3(32 * kWarps),
-         size_t(work.plan.shared_bytes()), stream, work);
+  launch_kernel(work.x_prepared, int4_linear_kernel<X, kRows, kWarps>,
+                row_tiles * work.plan.column_tiles * work.plan.splits, dim3(32 * kWarps),
+                size_t(work.plan.shared_bytes()), stream, work);
 }
 
 template <class X>

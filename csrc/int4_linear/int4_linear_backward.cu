@@ -215,17 +215,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Columns that no packed column comes from have gradient zero.
 template <class T>
-__global__ void __launch_bounds__(256) zero_kernel(Tensor out) {
-  int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  if (i < out.size[0] * out.size[1]) *out.at<T>(i / out.size[1], i % out.size[1]) = T(0);
+__global__ void __launch_bounds__(256) zero_kernel(Tensor out, unsigned blocks) {
+  int64_t column = blockIdx.x % blocks * 256 + threadIdx.x;
+  if (column < out.size[1]) *out.at<T>(blockIdx.x / blocks, column) = T(0);
 }
 
 template <class T>
 void run(const Int4LinearBackwardParams& p, const Context& context) {
   constexpr int kRows = sizeof(T) == 4 ? 8 : 64;
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-  int64_t count = p.out.elements(), rows = p.grad.size[0];
-  if (p.perm) launch(zero_kernel<Bits>, (count + 255) / 256, dim3(256), 0, context.stream, p.out);
+  int64_t rows = p.grad.size[0];
+  unsigned row_blocks = unsigned((p.out.size[1] + 255) / 256);
+  if (p.perm) launch(zero_kernel<Bits>, rows * row_blocks, dim3(256), 0, context.stream, p.out, row_blocks);
 
   Int4BackwardWork work{};
   work.group_shift = int4_group_shift(p.group_size);

@@ -90,17 +90,17 @@ inline Int4LinearPlan plan_int4_linear(int64_t rows, int64_t features, int64_t c
   plan.slab_rows = std::min(plan.slab_rows, rows);
   plan.row_tiles = int((plan.slab_rows + plan.row_tile - 1) / plan.row_tile);
 
-  // Twice as many features share a block's x where that still fills the GPU.
+  // Twice as many features share a block's x where that leaves no multiprocessor with more to do.
   auto blocks = [&](int64_t tile) { return (features + tile - 1) / tile * plan.splits * plan.row_tiles; };
-  plan.warps = plan.row_tile >= 32 && blocks(256) >= kMultiprocessors - 12 ? 8 : 4;
+  auto most = [&](int64_t tile) { return (blocks(tile) + kMultiprocessors - 1) / kMultiprocessors * tile; };
+  plan.warps = plan.row_tile >= 32 && blocks(256) >= kMultiprocessors - 12 && most(256) <= most(128) ? 8 : 4;
   plan.column_tiles = int((features + plan.column_tile() - 1) / plan.column_tile());
 
   plan.stage = plan_stage(plan, x_size, scale_size, zero_size);
-  int64_t per_multiprocessor =
-      std::clamp<int64_t>((blocks(plan.column_tile()) + kMultiprocessors - 1) / kMultiprocessors, 2, 4);
-  int64_t shared = std::min<int64_t>(kSharedBytes, kMultiprocessorSharedBytes / per_multiprocessor);
-  int64_t most = std::min<int64_t>(kInt4MaxStages, kSharedBytes / plan.stage.bytes);
-  plan.stages = int(std::clamp<int64_t>(shared / plan.stage.bytes, std::min<int64_t>(3, most), most));
+  int64_t resident = std::clamp<int64_t>(most(plan.column_tile()) / plan.column_tile(), 2, 4);
+  int64_t shared = std::min<int64_t>(kSharedBytes, kMultiprocessorSharedBytes / resident);
+  int64_t fit = std::min<int64_t>(kInt4MaxStages, kSharedBytes / plan.stage.bytes);
+  plan.stages = int(std::clamp<int64_t>(shared / plan.stage.bytes, std::min<int64_t>(3, fit), fit));
   return plan;
 }
 

@@ -7,6 +7,9 @@
 namespace torch_kernels {
 namespace {
 
+// The blocks of a grid that are one row's.
+unsigned blocks_of(int64_t width, int64_t per_block) { return unsigned((width + per_block - 1) / per_block); }
+
 // The column of x at packed column j, or -1. Whatever perm holds, it is one of x's.
 DEVICE int64_t source_column(const Tensor& perm, int64_t columns, int64_t j) {
   int64_t column = !perm ? j : j < perm.size[0] ? *perm.at<const int32_t>(j) : -1;
@@ -15,23 +18,23 @@ DEVICE int64_t source_column(const Tensor& perm, int64_t columns, int64_t j) {
 
 template <class T>
 __global__ void __launch_bounds__(256)
-    gather_columns_kernel(T* to, Tensor x, Tensor perm, int64_t row0, int64_t rows, int64_t width) {
-  int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  if (i >= rows * width) return;
-  int64_t column = source_column(perm, x.size[1], i % width);
-  to[i] = column < 0 ? T(0) : *x.at<const T>(row0 + i / width, column);
+    gather_columns_kernel(T* to, Tensor x, Tensor perm, int64_t row0, int64_t width, unsigned blocks) {
+  ptx::let_next_kernel_start();
+  int64_t row = blockIdx.x / blocks, j = blockIdx.x % blocks * 256 + threadIdx.x;
+  if (j >= width) return;
+  int64_t column = source_column(perm, x.size[1], j);
+  to[row * width + j] = column < 0 ? T(0) : *x.at<const T>(row0 + row, column);
 }
 
 // One warp per row and group.
 template <class T>
 __global__ void __launch_bounds__(128)
-    quantise_columns_kernel(int8_t* to, float* scales, Tensor x, Tensor perm, int64_t row0, int64_t rows, int64_t width,
-                            int group_shift, int64_t scale_stride) {
+    quantise_columns_kernel(int8_t* to, float* scales, Tensor x, Tensor perm, int64_t row0, int64_t width,
+                            int group_shift, int64_t scale_stride, unsigned blocks) {
+  ptx::let_next_kernel_start();
   int group_columns = 16 << group_shift, lane = threadIdx.x % 32;
-  int64_t groups = (width + group_columns - 1) / group_columns;
-  int64_t item = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
-  if (item >= rows * groups) return;
-  int64_t row = item / groups, group = item % groups;
+  int64_t row = blockIdx.x / blocks, group = blockIdx.x % blocks * 4 + threadIdx.x / 32;
+  if (group * group_columns >= width) return;
 
   // Lane i has the words (four packed bytes) i and so on of the group, of which there are at most 32.
   int64_t word = group * group_columns / 4 + lane;
@@ -62,20 +65,21 @@ __global__ void __launch_bounds__(128)
 
 void gather_columns(void* to, const Tensor& x, const Tensor& perm, int64_t row0, int64_t rows, int64_t width,
                     void* stream) {
-  int64_t blocks = (rows * width + 255) / 256;
+  unsigned blocks = blocks_of(width, 256);
   if (x.dtype == DType::float32)
-    launch(gather_columns_kernel<uint32_t>, blocks, dim3(256), 0, stream, static_cast<uint32_t*>(to), x, perm, row0,
-           rows, width);
+    launch(gather_columns_kernel<uint32_t>, rows * blocks, dim3(256), 0, stream, static_cast<uint32_t*>(to), x, perm,
+           row0, width, blocks);
   else
-    launch(gather_columns_kernel<uint16_t>, blocks, dim3(256), 0, stream, static_cast<uint16_t*>(to), x, perm, row0,
-           rows, width);
+    launch(gather_columns_kernel<uint16_t>, rows * blocks, dim3(256), 0, stream, static_cast<uint16_t*>(to), x, perm,
+           row0, width, blocks);
 }
 
 void quantise_columns(int8_t* to, float* scales, const Tensor& x, const Tensor& perm, int64_t row0, int64_t rows,
                       int64_t width, int group_shift, int64_t scale_stride, void* stream) {
-  int64_t groups = (width / 16 + (1 << group_shift) - 1) >> group_shift, blocks = (rows * groups + 3) / 4;
+  unsigned blocks = blocks_of(width, 4 * (16 << group_shift));
   auto run = [&](auto* kernel) {
-    launch(kernel, blocks, dim3(128), 0, stream, to, scales, x, perm, row0, rows, width, group_shift, scale_stride);
+    launch(kernel, rows * blocks, dim3(128), 0, stream, to, scales, x, perm, row0, width, group_shift, scale_stride,
+           blocks);
   };
   if (x.dtype == DType::float16)
     run(quantise_columns_kernel<__half>);

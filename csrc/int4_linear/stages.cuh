@@ -11,6 +11,7 @@ namespace torch_kernels {
 
 struct Int4LinearWork {
   Int4LinearPlan plan;
+  bool x_prepared;        // by the kernel before
   const char* x;          // rows whose starts are 16-byte aligned
   int64_t x_row_bytes;    // from one row to the next
   int columns;            // of x that exist
