@@ -323,7 +323,7 @@ class Int4Weight:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """``torch.nn.functional.linear(x, w, bias)`` works, and torch's fused layers see that this is no dense tensor."""
+        """``torch.nn.functional.linear(x, w, bias)`` works; torch's fused layers see that this is no tensor."""
         if function is torch.nn.functional.linear:
             return _linear(*args, **(kwargs or {}))
         return NotImplemented
