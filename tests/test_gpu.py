@@ -89,6 +89,8 @@ def test_every_op_has_samples() -> None:
 @pytest.mark.parametrize(("op", "i"), EVERY)
 def test_rerun(backend: Backend, op: str, i: int) -> None:
     call = Call(op, i, backend.device)
+    if op.startswith("int4") and backend.name in ("emulator", "triton") and backend.device == "cpu":
+        pytest.skip("samples on the CPU hold weights packed for it")
     for start in (call.values(), call.changed()):
         call.set(start)
         expected = {name: x.clone() for name, x in call(backend).items()}
