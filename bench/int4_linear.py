@@ -46,6 +46,7 @@ def ours(mode: str, inputs: Inputs) -> Call:
 
     x = inputs["x"]
     packed = torch_kernels.Int4Weight(inputs["qweight"], inputs["scales"], in_features=x.shape[1], group_size=GROUP)
+    packed.pack()
     return lambda: torch_kernels.int4_linear(x, packed, mode=mode)
 
 

@@ -183,9 +183,10 @@ inline constexpr int kTileRows = 16;
 // units deep, as deep as the span.
 class TileSession {
  public:
-  explicit TileSession(int span_units) {
+  TileSession(int span_units, int row_count) {
     TileConfiguration configuration;
-    int depth = std::min(span_units, 16);
+    int depth = std::min(span_units, 16), rows = std::min(row_count, kTileRows);  // fewer rows take less time
+    for (int tile : {0, 2, 3}) configuration.rows[tile] = uint8_t(rows);
     for (int tile : {2, 3}) configuration.bytes_per_row[tile] = uint16_t(depth * 4);
     for (int tile : {4, 5, 6, 7}) configuration.rows[tile] = uint8_t(depth);
     asm volatile("" : : "r"(&configuration) : "memory");  // GCC's intrinsic does not say that it reads all of it
@@ -286,7 +287,7 @@ inline void add_tile_product(const RowSpan<Unit>& x, int parts, const Unit* pane
 inline constexpr bool kHasTiles = false;
 inline constexpr int kTileRows = 1;
 struct TileSession {
-  explicit TileSession(int) {}
+  TileSession(int, int) {}
 };
 #endif
 

@@ -12,6 +12,7 @@ namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
 
 constexpr int kPassRows = 64;             // rows whose sums stay in the L1 cache
+constexpr int kScalesAhead = 2;           // spans between fetching scales and using them
 constexpr int64_t kRowBytes = 768 << 10;  // rows that stay in the L2 cache
 
 template <class X, bool a8>
@@ -52,6 +53,11 @@ class Forward {
     return row_count <= kMostRows;
   }
 
+  // Where block b's scales of a span are; the next block follows on the last span.
+  int64_t scales_at(int64_t b, int64_t s) const {
+    return s % rows.spans() * span / group * p.out_features + (b + s / rows.spans()) * kFeatures;
+  }
+
   // Scratch of a thread.
   struct Work {
     float* sums;  // [kPassRows][kFeatures]
@@ -66,7 +72,7 @@ class Forward {
       work.sums = scratch.take<float>(kPassRows * kFeatures);
       work.panel = scratch.take<Unit>(kSpan / kUnitColumns<Unit> * kFeatures);
     });
-    [[maybe_unused]] TileSession session(span / kUnitColumns<Unit>);
+    [[maybe_unused]] TileSession session(span / kUnitColumns<Unit>, row_count);
     for (int64_t b = begin; b < end; b++)
       for (int first = 0; first < row_count; first += kPassRows) {
         if (p.zeros) {
@@ -86,7 +92,8 @@ class Forward {
     const uint8_t* bytes = static_cast<const uint8_t*>(p.weight.data) + b * p.weight.stride[0];
     std::fill_n(work.sums, pass_rows * kFeatures, 0.f);
     for (int64_t s = 0; s < rows.spans(); s++) {
-      load_scales(p.scales, p.zeros, s * span / group * p.out_features + first, count, work.features);
+      load_scales(p.scales, p.zeros, scales_at(b, s), count, work.features);
+      prefetch_scales(p.scales, p.zeros, scales_at(b, s + kScalesAhead));
       RowSpan<Unit> x = rows.span(s).from(first_of_pass, kPassRows);
       Nibbles<Unit> nibbles{bytes + s * span / kOctet * kOctetBytes};
       if (in_registers()) {
