@@ -111,6 +111,7 @@ def onnxruntime(mode: str, inputs: Inputs) -> Call:
     binding.bind_output("y", "cpu", 0, np.float32, list(y.shape), y.data_ptr())
 
     def call() -> torch.Tensor:
+        assert x is not None  # bound by its address
         session.run_with_iobinding(binding)
         return y
 
