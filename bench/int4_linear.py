@@ -199,12 +199,13 @@ def cases() -> list[Case]:
         for rows in (1, 16, 64)
     ]
     float16 = [case("llama2-7b-gate", rows, "exact", torch.float16) for rows in (1, 16, 64)]
+    one_row = [case("llama2-7b-gate", 1, "fast", dtype) for dtype in (half, single)]
     falcon = [
         case(layer, rows, "exact", torch.float16, ("cuda",))
         for layer in ("falcon-180b-in", "falcon-180b-out")
         for rows in ROWS
     ]
-    return sweep + layers + float16 + falcon
+    return sweep + layers + float16 + one_row + falcon
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ constexpr int kPassRows = 64;             // rows whose sums stay in the L1 cach
 constexpr int kScalesAhead = 2;           // spans between fetching scales and using them
 constexpr int64_t kRowBytes = 768 << 10;  // rows that stay in the L2 cache
 
-template <class X, bool a8>
+// A row's bits are those of the tile unit or of vectors, however few rows there are; integers are exact in both.
+template <class X, bool a8, bool tiles>
 class Forward {
-  using Rows = Activations<X, a8>;
+  using Rows = Activations<X, a8, tiles>;
   using Unit = typename Rows::Unit;
 
  public:
@@ -48,10 +49,7 @@ class Forward {
     return std::clamp<int64_t>(rows_in_cache / kPassRows * kPassRows, kPassRows, 4 * kPassRows);
   }
 
-  bool in_registers() const {
-    if (kHasTiles && !a8) return false;  // a row's bits are those of the tile unit, however few rows there are
-    return row_count <= kMostRows;
-  }
+  bool in_registers() const { return (a8 || !tiles) && row_count <= kMostRows; }
 
   // Where block b's scales of a span are; the next block follows on the last span.
   int64_t scales_at(int64_t b, int64_t s) const {
@@ -100,8 +98,8 @@ class Forward {
         add_product<a8, zeros>(x, nibbles, work.features, work.sums);
         continue;
       }
-      unpack_panel<kHasTiles>(nibbles, x.octets, work.panel);
-      if constexpr (kHasTiles) {
+      unpack_panel<tiles>(nibbles, x.octets, work.panel);
+      if constexpr (tiles) {
         add_tile_product<a8, zeros>(x, Rows::kParts, work.panel, work.features, work.sums);
       } else {
         add_product<a8, zeros>(x, Panel<Unit>{work.panel}, work.features, work.sums);
@@ -126,8 +124,10 @@ class Forward {
 
 template <class X>
 void forward(const Int4LinearParams& params) {
-  if (params.mode == Int4Mode::a8) return Forward<X, true>(params).run();
-  Forward<X, false>(params).run();
+  bool one_row = params.out.size[0] == 1;  // vectors are faster than tiles
+  if (params.mode == Int4Mode::a8) return Forward<X, true, kHasTiles>(params).run();
+  if (params.mode == Int4Mode::fast && one_row) return Forward<X, false, false>(params).run();
+  Forward<X, false, kHasTiles>(params).run();
 }
 
 }  // namespace
