@@ -135,13 +135,22 @@ struct Tile {
   }
 };
 
-// Brings the tile after this one into the cache while this one is computed: a row with each call, because a core can
-// wait for few lines at a time.
+// Brings the tile after this one into the cache while this one is computed: few lines at a time, because a core can
+// wait for no more. With many rows the softmax calls step() often enough; few rows fetch with each pair of values they
+// read.
 struct Ahead {
   Tile keys, values;
   int key_bytes, value_bytes;  // key_bytes is 0 where keys are read in place: those loads need no help
+  int heads, next, wait, steps_per_key;
 
-  void fetch(int key, int head) const {
+  void start(int steps) { next = 0, wait = steps_per_key = std::max(1, steps / std::max(1, keys.count)); }
+  void step() {
+    if (--wait > 0) return;
+    wait = steps_per_key;
+    for (int h = 0; h < heads; h++) fetch(next, h);
+    next++;
+  }
+  __attribute__((always_inline)) void fetch(int key, int head) const {
     if (key >= keys.count) return;
     for (int c = 0; c < key_bytes; c += 64) prefetch(keys.row(key, head) + c);
     for (int c = 0; c < value_bytes; c += 64) prefetch(values.row(key, head) + c);
@@ -200,20 +209,23 @@ struct SoftmaxRows {
   // output.
   static constexpr Real kSlack = 8;
 
+  // One cache line beyond a row, so that neighbouring rows fall into different cache sets.
+  static constexpr int kSpare = 64 / int(sizeof(Unit)), kWeightStride = kKeyTile / kPack + kSpare;
+
   int heads, rows, channels, padded_channels, value_channels, padded_value_channels;
-  int head_lanes;             // row r of head h is lane h * head_lanes + r; several heads fit into one block of lanes
-  int padded_lanes;           // of all heads
-  Unit* queries;              // [head][block][padded_channels / kPack][block_rows()]
-  Real* out;                  // [heads * head_lanes][padded_value_channels], each row in the order of out_column()
-  Real* maximum_score;        // [padded_lanes], in powers of two
-  Real* sum;                  // [padded_lanes]
-  Real* scale;                // [padded_lanes]
-  Real* scores;               // [kKeyTile][width()], later the weights when a unit is one Real
-  Unit* weights;              // [kKeyTile / kPack][width()]
-  Unit* weights_by_row;       // [width()][kKeyTile / kPack]
-  Unit* value_pairs;          // [heads][value_step() / kPack][padded_value_channels]
-  Element* key_tiles;         // [heads][kKeyTile][key_stride()]
-  Element* value_tiles;       // [heads][kKeyTile][value_stride()]
+  int head_lanes;        // row r of head h is lane h * head_lanes + r; several heads fit into one block of lanes
+  int padded_lanes;      // of all heads
+  Unit* queries;         // [head][block][padded_channels / kPack][block_rows()]
+  Real* out;             // [heads * head_lanes][padded_value_channels], each row in the order of out_column()
+  Real* maximum_score;   // [padded_lanes], in powers of two
+  Real* sum;             // [padded_lanes]
+  Real* scale;           // [padded_lanes]
+  Real* scores;          // [kKeyTile][width()], later the weights when a unit is one Real
+  Unit* weights;         // [kKeyTile / kPack][width()]
+  Unit* weights_by_row;  // [width()][kWeightStride]
+  Unit* value_pairs;     // [heads][value_step() / kPack][pair_stride()]
+  Element* key_tiles;    // [heads][kKeyTile][key_stride()]
+  Element* value_tiles;  // [heads][kKeyTile][value_stride()]
 
   SoftmaxRows(int heads, int rows, int channels, int value_channels)
       : heads(heads),
@@ -243,15 +255,13 @@ struct SoftmaxRows {
     scale = scratch.take<Real>(padded_lanes);
     scores = scratch.take<Real>(kKeyTile * kRowBlock + kRowAlign);
     weights = kPack > 1 ? scratch.take<Unit>(kKeyTile / kPack * kRowBlock) : nullptr;
-    weights_by_row = kMultipliesTiles<Unit> ? scratch.take<Unit>(kKeyTile / kPack * kRowBlock) : nullptr;
-    value_pairs = kPack > 1 ? scratch.take<Unit>(heads * value_step() / kPack * padded_value_channels) : nullptr;
+    weights_by_row = kMultipliesTiles<Unit> ? scratch.take<Unit>(kWeightStride * kRowBlock) : nullptr;
+    value_pairs = kPack > 1 ? scratch.take<Unit>(heads * value_step() / kPack * pair_stride()) : nullptr;
     key_tiles = scratch.take<Element>(heads * kKeyTile * key_stride());
     value_tiles = scratch.take<Element>(heads * kKeyTile * value_stride());
   }
 
-  Real* out_row(int head, int row) const {
-    return out + (int64_t(head) * head_lanes + row) * padded_value_channels;
-  }
+  Real* out_row(int head, int row) const { return out + (int64_t(head) * head_lanes + row) * padded_value_channels; }
 
   void scale_output(int head, Real factor) {
     Real* from = out_row(head, 0);
@@ -260,7 +270,6 @@ struct SoftmaxRows {
 
   void set_scale(int head, Real value) { std::fill_n(scale + head * head_lanes, head_lanes, value); }
 
-  // One cache line beyond a row, so that neighbouring rows fall into different cache sets.
   int64_t key_stride() const { return padded_channels + 64 / int64_t(sizeof(Element)); }
   int64_t value_stride() const { return padded_value_channels + 64 / int64_t(sizeof(Element)); }
 
@@ -323,6 +332,7 @@ struct SoftmaxRows {
       tiles.values.copied(value_tiles, value_stride() * sizeof(Element), padded_count);
     }
     int next = int(std::clamp<int64_t>(keys.slots - first - count, 0, kKeyTile));
+    tiles.ahead.heads = heads;
     tiles.ahead.key_bytes = keys_stay ? 0 : int(channels * keys.element_size());
     tiles.ahead.value_bytes = int(value_channels * values.element_size());
     tiles.ahead.keys.stay(keys, first + count, next);
@@ -333,12 +343,13 @@ struct SoftmaxRows {
   template <class Visible>
   void absorb(Tiles& tiles, int count, Real softcap, const Visible& visible, MatmulSession& session) {
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign)), tile_rows = std::min(head_lanes, kRowAlign);
+    tiles.ahead.start(padded_lanes / kLane * padded_count / kPack);
     nonfinite.clear();
     if constexpr (Visible::kMasks) take_nonfinite(count);
     for (int block = 0; block < head_lanes; block += kRowBlock) {
       session.shape(kRowAlign, tile_rows);
       multiply_keys(tiles, block, padded_count);
-      softmax(block, count, padded_count, softcap, visible);
+      softmax(block, count, padded_count, softcap, visible, tiles.ahead);
       session.shape(tile_rows, kRowAlign);
       for (int key = 0; key < padded_count; key += value_step()) {
         int step = std::min(value_step(), padded_count - key);
@@ -365,28 +376,29 @@ struct SoftmaxRows {
                             padded_channels / kPack);
   }
 
-  int value_step() const { return head_lanes <= kRowAlign ? 32 : kKeyTile; }
-  Unit* value_pairs_of(int head) const { return value_pairs + head * value_step() / kPack * padded_value_channels; }
+  int64_t pair_stride() const { return padded_value_channels + kSpare; }
+  bool few_rows() const { return head_lanes <= kRowAlign; }
+  int value_step() const { return few_rows() ? 32 : kKeyTile; }
+  Unit* value_pairs_of(int head) const { return value_pairs + head * value_step() / kPack * pair_stride(); }
 
   // Values of keys [first, first + step) as pairs; those from key `count` on are zero.
   void pair_values(const Tiles& tiles, int first, int step, int count) {
-    static const Element zeros[256] = {};
-    for (int key = first; key < first + step; key += 2)
-      for (int h = 0; h < heads; h++) {
-        tiles.ahead.fetch(key, h), tiles.ahead.fetch(key + 1, h);
-        if constexpr (kPack > 1) {
+    if constexpr (kPack > 1) {
+      static const Element zeros[256] = {};
+      for (int key = first; key < first + step; key += 2)
+        for (int h = 0; h < heads; h++) {
+          if (few_rows()) tiles.ahead.fetch(key, h), tiles.ahead.fetch(key + 1, h);
           auto row = [&](int key) {
             return key < count ? reinterpret_cast<const Element*>(tiles.values.row(key, h)) : zeros;
           };
-          interleave(row(key), row(key + 1), value_channels,
-                     value_pairs_of(h) + (key - first) / 2 * padded_value_channels);
+          interleave(row(key), row(key + 1), value_channels, value_pairs_of(h) + (key - first) / 2 * pair_stride());
         }
-      }
+    }
   }
 
   void add_values(int head, int block, int first, int step) {
     const Unit *left, *right;
-    int64_t left_stride = width(block), right_stride = padded_value_channels;
+    int64_t left_stride = width(block), right_stride = pair_stride();
     int lane = head * head_lanes, pair = first / kPack;
     if constexpr (kPack == 1) {
       left = scores + pair * left_stride + lane;
@@ -395,20 +407,19 @@ struct SoftmaxRows {
     } else {
       right = value_pairs_of(head);
       if constexpr (kMultipliesTiles<Unit>) {
-        left_stride = kKeyTile / kPack;
+        left_stride = kWeightStride;
         left = weights_by_row + lane * left_stride + pair;
       } else {
         left = weights + pair * left_stride + lane;
       }
     }
     matmul<true, kMultipliesTiles<Unit>>(left, left_stride, right, right_stride, out_row(head, block),
-                                         padded_value_channels, block_rows(block), padded_value_channels,
-                                         step / kPack);
+                                         padded_value_channels, block_rows(block), padded_value_channels, step / kPack);
   }
 
   // Turns the block's scores into weights 2^(score - maximum) and moves its maximum, sum and output along.
   template <class Visible>
-  void softmax(int block, int count, int padded_count, Real softcap, const Visible& visible) {
+  void softmax(int block, int count, int padded_count, Real softcap, const Visible& visible, Ahead& ahead) {
     int width = this->width(block);
     for (int c = 0; c < width; c += kLane) {
       // A scale that may turn the order of scores around is applied before the maximum is taken.
@@ -456,13 +467,17 @@ struct SoftmaxRows {
         return w;
       };
       if constexpr (kPack == 1) {
-        for (int key = 0; key < count; key++) store(scores + key * width + c, weight(key));
+        for (int key = 0; key < count; key++) {
+          ahead.step();
+          store(scores + key * width + c, weight(key));
+        }
       } else {
         auto put = [&](int key, Vector<Real> low, Vector<Real> high) {
           store_pairs(weights + key / 2 * width + c, low, high);
         };
         int key = 0;
         for (; key + 2 <= count; key += 2) {
+          if (!few_rows()) ahead.step();
           Vector<Real> low = weight(key), high = weight(key + 1);
           put(key, low, high);
         }
@@ -471,8 +486,7 @@ struct SoftmaxRows {
       }
       if constexpr (kMultipliesTiles<Unit>) {
         for (int pair = 0; pair < padded_count / kPack; pair += 16)
-          transpose(weights + pair * width + c, width, weights_by_row + c * (kKeyTile / kPack) + pair,
-                    kKeyTile / kPack);
+          transpose(weights + pair * width + c, width, weights_by_row + c * kWeightStride + pair, kWeightStride);
       }
       store(sum + block + c, total + tile_total);
     }

@@ -193,6 +193,11 @@ struct MatmulSession {
 };
 #endif
 
+// Where interleave() puts a column: of every 32, the processor unpacks first 0-3 of each eight, then 4-7 of each eight.
+constexpr int interleaved_place(int column) {
+  return column / 32 * 32 + column / 4 % 2 * 16 + column / 8 % 4 * 4 + column % 4;
+}
+
 #if defined(__AVX512BW__)
 // to[c, r] = from[r, c] for 16x16 units, in four rounds: each exchanges blocks of 1, 2, 4 and 8.
 inline void transpose(const Pair* from, int64_t from_row, Pair* to, int64_t to_row) {
@@ -230,8 +235,7 @@ inline void transpose(const Pair* from, int64_t from_row, Pair* to, int64_t to_r
   for (int i = 0; i < 16; i++) std::memcpy(to + i * to_row, &x[i], sizeof x[i]);
 }
 
-// Two rows as one row of pairs, `columns` padded with zeros to a multiple of 32. Within 32 columns the order is the
-// one in which the processor unpacks: 0-3 of every eight columns, then 4-7 of every eight.
+// Two rows as one row of pairs, `columns` padded with zeros to a multiple of 32, in the order of interleaved_place().
 inline void interleave(const BFloat16* even, const BFloat16* odd, int columns, Pair* to) {
   for (int c = 0; c < columns; c += 32) {
     __mmask32 present = columns - c >= 32 ? ~0u : (1u << (columns - c)) - 1;
@@ -239,10 +243,6 @@ inline void interleave(const BFloat16* even, const BFloat16* odd, int columns, P
     _mm512_storeu_si512(to + c, _mm512_unpacklo_epi16(low, high));
     _mm512_storeu_si512(to + c + 16, _mm512_unpackhi_epi16(low, high));
   }
-}
-
-constexpr int interleaved_place(int column) {
-  return column / 32 * 32 + column / 4 % 2 * 16 + column / 8 % 4 * 4 + column % 4;
 }
 
 // Puts columns that came from interleave() into their order, in place.

@@ -258,6 +258,7 @@ inline Vector<double> tanh_vector(Vector<double> x) {
   return result;
 }
 
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+// Inlined, and so must be a function that does nothing else: GCC takes a call without effect away.
+__attribute__((always_inline)) inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA
