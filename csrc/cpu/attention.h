@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Online softmax over key tiles, the core of every CPU attention kernel.
 //
-// Everything is computed transposed: vectors run along query rows, so scores, maxima and sums never need a horizontal
-// reduction, and the keys of a tile are read from the cache as they lie. For a block of query rows:
+// Scores are computed transposed: vectors run along query rows, so maxima and sums never need a horizontal reduction,
+// and the keys of a tile are read from the cache as they lie. For a block of query rows:
 //   scores[key, row] = keys[key, :] · queries[:, row]         queries are packed once
-//   out[channel, row] += values^T[channel, :] · weights[:, row]
+//   out[row, channel] += weights[:, row]^T · values[:, channel]
+// Few rows do not fill a vector. Then those of several key/value heads share it: a lane is a row of one head. Each head
+// has products of its own, so nothing gets from one to another.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -17,7 +19,7 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
 inline constexpr int kKeyTile = 128;  // keys that share one pass over the query rows
-inline constexpr int kRowBlock = 64;  // query rows whose scores and outputs stay in cache together
+inline constexpr int kRowBlock = 64;  // lanes whose scores and outputs stay in cache together
 inline constexpr int kRowAlign = 16;
 inline constexpr double kLog2E = 1.4426950408889634;
 
@@ -133,30 +135,32 @@ struct Tile {
   }
 };
 
-// Brings the tile after this one into the cache while this one is computed: a few rows with each call, because a core
-// can wait for few lines at a time. The softmax calls every kKeysPerFetch keys, in both of its passes.
-inline constexpr int kKeysPerFetch = 4;
+// Brings the tile after this one into the cache while this one is computed: few lines at a time, because a core can
+// wait for no more. With many rows the softmax calls step() often enough; few rows fetch with each pair of values they
+// read.
 struct Ahead {
   Tile keys, values;
-  int key_bytes, value_bytes, head, at, each;
+  int key_bytes, value_bytes;  // key_bytes is 0 where keys are read in place: those loads need no help
+  int heads, next, wait, steps_per_key;
 
-  void start(int next_head, int calls) { head = next_head, at = 0, each = 2 * keys.count / std::max(1, calls) + 1; }
-  void fetch() {
-    for (int end = std::min(at + each, 2 * keys.count); at < end; at++) {
-      bool key = at < keys.count;
-      const char* row = key ? keys.row(at, head) : values.row(at - keys.count, head);
-      for (int c = 0, bytes = key ? key_bytes : value_bytes; c < bytes; c += 64) prefetch(row + c);
-    }
+  void start(int steps) { next = 0, wait = steps_per_key = std::max(1, steps / std::max(1, keys.count)); }
+  void step() {
+    if (--wait > 0) return;
+    wait = steps_per_key;
+    for (int h = 0; h < heads; h++) fetch(next, h);
+    next++;
+  }
+  __attribute__((always_inline)) void fetch(int key, int head) const {
+    if (key >= keys.count) return;
+    for (int c = 0; c < key_bytes; c += 64) prefetch(keys.row(key, head) + c);
+    for (int c = 0; c < value_bytes; c += 64) prefetch(values.row(key, head) + c);
   }
 };
 
-// Which query rows see a key of a tile: a vector of lane masks for rows [row, row + lanes).
+// Which lanes see a key of a tile: a vector of masks for lanes [row, row + kLanes).
 struct EverythingVisible {
   static constexpr bool kMasks = false;
 };
-
-template <class Real>
-using MaskOf = decltype(Vector<Real>{} == Vector<Real>{});
 
 // Row r sees the keys from first_visible[r] on (counted within the tile).
 struct VisibleFrom {
@@ -193,7 +197,7 @@ struct VisibleBits {
   }
 };
 
-// The running softmax of `rows` query rows of one key/value head.
+// The running softmax of `rows` query rows of each of a few neighbouring key/value heads.
 template <class Query>
 struct SoftmaxRows {
   using Element = typename Arithmetic<Query>::Element;
@@ -205,90 +209,116 @@ struct SoftmaxRows {
   // output.
   static constexpr Real kSlack = 8;
 
-  int rows, padded_rows, channels, padded_channels, value_channels, padded_value_channels;
-  Unit* queries;              // [row block][padded_channels / kPack][block rows]
-  Real* out;                  // [row block][padded_value_channels][block rows]
-  Real* maximum;              // [padded_rows], in powers of two
-  Real* sum;                  // [padded_rows]
-  Real* scores;               // [kKeyTile][kRowBlock], later the weights when a unit is one Real
-  Unit* weights;              // [kKeyTile / kPack][kRowBlock]
-  Element* key_tiles;         // [heads][kKeyTile][key_stride()]
-  Element* value_tiles;       // [heads][kKeyTile][value_stride()]
-  Element* value_transposed;  // [round_up(value_channels, 32)][kKeyTile]
+  // One cache line beyond a row, so that neighbouring rows fall into different cache sets.
+  static constexpr int kSpare = 64 / int(sizeof(Unit)), kWeightStride = kKeyTile / kPack + kSpare;
 
-  SoftmaxRows(int rows, int channels, int value_channels)
-      : rows(rows),
-        padded_rows(int(round_up(rows, kRowAlign))),
+  int heads, rows, channels, padded_channels, value_channels, padded_value_channels;
+  int head_lanes;        // row r of head h is lane h * head_lanes + r; several heads fit into one block of lanes
+  int padded_lanes;      // of all heads
+  Unit* queries;         // [head][block][padded_channels / kPack][block_rows()]
+  Real* out;             // [heads * head_lanes][padded_value_channels], each row in the order of out_column()
+  Real* maximum_score;   // [padded_lanes], in powers of two
+  Real* sum;             // [padded_lanes]
+  Real* scale;           // [padded_lanes]
+  Real* scores;          // [kKeyTile][width()], later the weights when a unit is one Real
+  Unit* weights;         // [kKeyTile / kPack][width()]
+  Unit* weights_by_row;  // [width()][kWeightStride]
+  Unit* value_pairs;     // [heads][value_step() / kPack][pair_stride()]
+  Element* key_tiles;    // [heads][kKeyTile][key_stride()]
+  Element* value_tiles;  // [heads][kKeyTile][value_stride()]
+
+  SoftmaxRows(int heads, int rows, int channels, int value_channels)
+      : heads(heads),
+        rows(rows),
         channels(channels),
         padded_channels(int(round_up(channels, Arithmetic<Query>::kChannelAlign))),
         value_channels(value_channels),
-        padded_value_channels(int(round_up(value_channels, kPack > 1 ? 16 : 1))) {}
+        padded_value_channels(int(round_up(value_channels, kPack > 1 ? 32 : 16))),
+        head_lanes(lanes_of(rows)),
+        padded_lanes(int(round_up(heads * head_lanes, kRowAlign))) {}
 
-  int64_t state_size() const { return int64_t(padded_rows) * (padded_value_channels + 2); }
+  static int lanes_of(int rows) { return rows <= kRowAlign ? rows : int(round_up(rows, kRowAlign)); }
 
-  int64_t queries_size() const { return int64_t(padded_rows) * padded_channels / kPack; }
+  int64_t state_size() const { return int64_t(heads) * head_lanes * padded_value_channels + 2 * padded_lanes; }
+
+  // A vector of queries may reach beyond the last row.
+  int64_t queries_size() const { return int64_t(heads) * head_lanes * padded_channels / kPack + kRowAlign; }
 
   // The state is what survives the tiles: out, maximum and sum.
   void use_state(Real* state) {
     out = state;
-    maximum = out + int64_t(padded_rows) * padded_value_channels;
-    sum = maximum + padded_rows;
+    maximum_score = out + int64_t(heads) * head_lanes * padded_value_channels;
+    sum = maximum_score + padded_lanes;
   }
 
-  void take(Scratch& scratch, int heads) {
-    scores = scratch.take<Real>(kKeyTile * kRowBlock);
+  void take(Scratch& scratch) {
+    scale = scratch.take<Real>(padded_lanes);
+    scores = scratch.take<Real>(kKeyTile * kRowBlock + kRowAlign);
     weights = kPack > 1 ? scratch.take<Unit>(kKeyTile / kPack * kRowBlock) : nullptr;
+    weights_by_row = kMultipliesTiles<Unit> ? scratch.take<Unit>(kWeightStride * kRowBlock) : nullptr;
+    value_pairs = kPack > 1 ? scratch.take<Unit>(heads * value_step() / kPack * pair_stride()) : nullptr;
     key_tiles = scratch.take<Element>(heads * kKeyTile * key_stride());
     value_tiles = scratch.take<Element>(heads * kKeyTile * value_stride());
-    value_transposed = kPack > 1 ? scratch.take<Element>(kKeyTile * round_up(value_channels, 32)) : nullptr;
   }
 
-  void scale_output(Real factor) {
-    for (int64_t i = 0; i < int64_t(padded_rows) * padded_value_channels; i++) out[i] *= factor;
+  Real* out_row(int head, int row) const { return out + (int64_t(head) * head_lanes + row) * padded_value_channels; }
+
+  void scale_output(int head, Real factor) {
+    Real* from = out_row(head, 0);
+    for (int64_t i = 0; i < int64_t(head_lanes) * padded_value_channels; i++) from[i] *= factor;
   }
 
-  // One cache line beyond a row, so that neighbouring rows fall into different cache sets.
+  void set_scale(int head, Real value) { std::fill_n(scale + head * head_lanes, head_lanes, value); }
+
   int64_t key_stride() const { return padded_channels + 64 / int64_t(sizeof(Element)); }
   int64_t value_stride() const { return padded_value_channels + 64 / int64_t(sizeof(Element)); }
 
-  int block_rows(int block) const { return std::min(kRowBlock, padded_rows - block); }
+  // Of the block of lanes from `block` on: rows per head, and lanes of all heads.
+  int block_rows(int block) const { return std::min(kRowBlock, head_lanes - block); }
+  int width(int block) const { return std::min(kRowBlock, padded_lanes - block); }
 
   void reset() {
-    std::fill(out, out + int64_t(padded_rows) * padded_value_channels, Real(0));
-    std::fill(maximum, maximum + padded_rows, -kInfinity);
-    std::fill(sum, sum + padded_rows, Real(0));
+    std::fill_n(out, int64_t(heads) * head_lanes * padded_value_channels, Real(0));
+    std::fill_n(maximum_score, padded_lanes, -kInfinity);
+    std::fill_n(sum, padded_lanes, Real(0));
+    std::fill_n(scale, padded_lanes, Real(1));
+    std::fill_n(scores, kKeyTile * kRowBlock, Real(0));  // lanes of no row are computed, too
   }
 
-  // row(r) points at query row r, whose channels are `stride` apart.
+  const Unit* queries_of(int head, int block) const {
+    return queries + (int64_t(head) * head_lanes + block) * padded_channels / kPack;
+  }
+
+  // row(h, r) points at query row r of head h, whose channels are `stride` apart.
   template <class RowPointer>
   void pack_queries(const RowPointer& row, int64_t stride) {
-    Element* packed = reinterpret_cast<Element*>(queries);
-    std::fill(packed, packed + int64_t(padded_rows) * padded_channels, Element{});
-    for (int r = 0; r < rows; r++) {
-      int block = r / kRowBlock * kRowBlock, width = block_rows(block);
-      const Query* from = row(r);
-      Element* to = packed + int64_t(block) * padded_channels + (r - block) * kPack;
-      for (int c = 0; c < channels; c++)
-        convert(from + c * stride, to + (c / kPack * int64_t(width)) * kPack + c % kPack, 1);
-    }
+    std::fill_n(queries, queries_size(), Unit{});
+    for (int h = 0; h < heads; h++)
+      for (int r = 0; r < rows; r++) {
+        int block = r / kRowBlock * kRowBlock, block_width = block_rows(block);
+        const Query* from = row(h, r);
+        Element* to = reinterpret_cast<Element*>(const_cast<Unit*>(queries_of(h, block))) + (r - block) * kPack;
+        for (int c = 0; c < channels; c++)
+          convert(from + c * stride, to + (c / kPack * int64_t(block_width)) * kPack + c % kPack, 1);
+      }
   }
 
-  // Fetches keys [first, first + count) and their values for `heads` heads from those of the sources on. A tile stays
-  // where it lies if each of its lines will be read once; otherwise it is copied, because cache rows are often a large
-  // power of two apart and would compete for the same few lines of the processor's caches.
+  // Fetches keys [first, first + count) and their values from the sources, which are those of the first head. A tile
+  // stays where it lies if each of its lines will be read once; otherwise it is copied, because cache rows are often a
+  // large power of two apart and would compete for the same few lines of the processor's caches.
   struct Tiles {
     Tile keys, values;
     Ahead ahead;
   };
-  void load_tiles(Tiles& tiles, const RowSource& keys, const RowSource& values, int heads, int64_t first, int count,
-                  bool masked) {
+  void load_tiles(Tiles& tiles, const RowSource& keys, const RowSource& values, int64_t first, int count, bool masked) {
     constexpr int kReadOnceRows = 32;
     int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
     auto lies_ready = [&](const RowSource& source) {
       return kPack > 1 && source.tensor.dtype == DType::bfloat16 && source.tensor.stride[3] == 1;
     };
-    if (lies_ready(keys) && padded_rows <= kReadOnceRows && count == kKeyTile && channels == padded_channels &&
-        keys.run() % 16 == 0) {
+    bool keys_stay = lies_ready(keys) && head_lanes <= kReadOnceRows && count == kKeyTile &&
+                     channels == padded_channels && keys.run() % 16 == 0;
+    if (keys_stay) {
       tiles.keys.stay(keys, first, count);
     } else {
       gather(keys, heads, first, count, padded_count, channels, padded_channels, key_tiles, key_stride());
@@ -302,86 +332,133 @@ struct SoftmaxRows {
       tiles.values.copied(value_tiles, value_stride() * sizeof(Element), padded_count);
     }
     int next = int(std::clamp<int64_t>(keys.slots - first - count, 0, kKeyTile));
-    tiles.ahead.key_bytes = int(channels * keys.element_size());
+    tiles.ahead.heads = heads;
+    tiles.ahead.key_bytes = keys_stay ? 0 : int(channels * keys.element_size());
     tiles.ahead.value_bytes = int(value_channels * values.element_size());
     tiles.ahead.keys.stay(keys, first + count, next);
     tiles.ahead.values.stay(values, first + count, next);
   }
 
-  // Adds the `count` keys of tile `head` to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
+  // Adds the `count` keys of a tile to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
   template <class Visible>
-  void absorb(Tiles& tiles, int head, int count, Real scale, Real softcap, const Visible& visible) {
-    const Tile &keys = tiles.keys, &values = tiles.values;
-    Ahead& ahead = tiles.ahead;
-    int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign));
-    Element* value_tile = value_tiles + head * kKeyTile * value_stride();
-    ahead.start(head, padded_rows / kLane * 2 * (padded_count / kKeysPerFetch));
+  void absorb(Tiles& tiles, int count, Real softcap, const Visible& visible, MatmulSession& session) {
+    int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign)), tile_rows = std::min(head_lanes, kRowAlign);
+    tiles.ahead.start(padded_lanes / kLane * padded_count / kPack);
     nonfinite.clear();
-    if constexpr (Visible::kMasks) take_nonfinite(value_tile, count);
-    if constexpr (kPack > 1) {
-      static const Element zeros[256] = {};
-      for (int first = 0; first < padded_count; first += 32) {
-        const Element* rows[32];
-        for (int i = 0; i < 32; i++)
-          rows[i] = first + i < count ? reinterpret_cast<const Element*>(values.row(first + i, head)) : zeros;
-        for (int c = 0; c < value_channels; c += 32) {
-          transpose(rows, c, std::min(32, value_channels - c), value_transposed + c * kKeyTile + first, kKeyTile);
-          ahead.fetch();
-        }
-      }
-    }
-    for (int block = 0; block < padded_rows; block += kRowBlock) {
-      int width = block_rows(block), run = std::min(keys.run, 32);
-      for (int key = 0; key < padded_count; key += run) {
-        matmul<false, true>(reinterpret_cast<const Unit*>(keys.row(key, head)), keys.stride / sizeof(Unit),
-                            queries + int64_t(block) * padded_channels / kPack, width, scores + key * width, width,
-                            std::min(run, padded_count - key), width, padded_channels / kPack);
-        ahead.fetch();
-      }
-      softmax(block, width, count, padded_count, scale, softcap, visible, ahead);
-      Real* block_out = out + int64_t(block) * padded_value_channels;
-      if constexpr (kPack > 1) {
-        matmul<true, true>(reinterpret_cast<const Unit*>(value_transposed), kKeyTile / kPack, weights, width, block_out,
-                           width, padded_value_channels, width, padded_count / kPack);
-      } else {
-        matmul<true, false>(value_tile, value_stride(), scores, width, block_out, width, padded_value_channels, width,
-                            padded_count);
+    if constexpr (Visible::kMasks) take_nonfinite(count);
+    for (int block = 0; block < head_lanes; block += kRowBlock) {
+      session.shape(kRowAlign, tile_rows);
+      multiply_keys(tiles, block, padded_count);
+      softmax(block, count, padded_count, softcap, visible, tiles.ahead);
+      session.shape(tile_rows, kRowAlign);
+      for (int key = 0; key < padded_count; key += value_step()) {
+        int step = std::min(value_step(), padded_count - key);
+        if (block == 0) pair_values(tiles, key, step, count);  // with several blocks, one step is the whole tile
+        for (int h = 0; h < heads; h++) add_values(h, block, key, step);
       }
       if constexpr (Visible::kMasks) {
-        for (auto [key, channel, value] : nonfinite)
-          for (int r = 0; r < width; r++)
-            if (visible.sees(key, block + r)) block_out[channel * width + r] += value;
+        for (auto [head, key, column, value] : nonfinite)
+          for (int r = 0; r < block_rows(block); r++)
+            if (visible.sees(key, head * head_lanes + block + r)) out_row(head, block + r)[column] += value;
       }
     }
   }
 
+  // A few keys go through all heads at a time: memory is then read in the order in which it lies, and from few pages.
+  void multiply_keys(const Tiles& tiles, int block, int padded_count) {
+    const Tile& keys = tiles.keys;
+    int run = std::min(keys.run, heads > 1 ? 16 : 32);
+    for (int key = 0; key < padded_count; key += run)
+      for (int h = 0; h < heads; h++)
+        matmul<false, true>(reinterpret_cast<const Unit*>(keys.row(key, h)), keys.stride / sizeof(Unit),
+                            queries_of(h, block), block_rows(block), scores + key * width(block) + h * head_lanes,
+                            width(block), std::min(run, padded_count - key), block_rows(block),
+                            padded_channels / kPack);
+  }
+
+  int64_t pair_stride() const { return padded_value_channels + kSpare; }
+  bool few_rows() const { return head_lanes <= kRowAlign; }
+  int value_step() const { return few_rows() ? 32 : kKeyTile; }
+  Unit* value_pairs_of(int head) const { return value_pairs + head * value_step() / kPack * pair_stride(); }
+
+  // Values of keys [first, first + step) as pairs; those from key `count` on are zero.
+  void pair_values(const Tiles& tiles, int first, int step, int count) {
+    if constexpr (kPack > 1) {
+      static const Element zeros[256] = {};
+      for (int key = first; key < first + step; key += 2)
+        for (int h = 0; h < heads; h++) {
+          if (few_rows()) tiles.ahead.fetch(key, h), tiles.ahead.fetch(key + 1, h);
+          auto row = [&](int key) {
+            return key < count ? reinterpret_cast<const Element*>(tiles.values.row(key, h)) : zeros;
+          };
+          interleave(row(key), row(key + 1), value_channels, value_pairs_of(h) + (key - first) / 2 * pair_stride());
+        }
+    }
+  }
+
+  void add_values(int head, int block, int first, int step) {
+    const Unit *left, *right;
+    int64_t left_stride = width(block), right_stride = pair_stride();
+    int lane = head * head_lanes, pair = first / kPack;
+    if constexpr (kPack == 1) {
+      left = scores + pair * left_stride + lane;
+      right_stride = value_stride();
+      right = value_tiles + (int64_t(head) * kKeyTile + first) * right_stride;
+    } else {
+      right = value_pairs_of(head);
+      if constexpr (kMultipliesTiles<Unit>) {
+        left_stride = kWeightStride;
+        left = weights_by_row + lane * left_stride + pair;
+      } else {
+        left = weights + pair * left_stride + lane;
+      }
+    }
+    matmul<true, kMultipliesTiles<Unit>>(left, left_stride, right, right_stride, out_row(head, block),
+                                         padded_value_channels, block_rows(block), padded_value_channels, step / kPack);
+  }
+
   // Turns the block's scores into weights 2^(score - maximum) and moves its maximum, sum and output along.
   template <class Visible>
-  void softmax(int block, int width, int count, int padded_count, Real scale, Real softcap, const Visible& visible,
-               Ahead& ahead) {
-    bool rewrite = softcap > 0 || scale <= 0;
-    Real to_log2 = (softcap > 0 ? softcap : scale <= 0 ? Real(1) : scale) * Real(kLog2E);
+  void softmax(int block, int count, int padded_count, Real softcap, const Visible& visible, Ahead& ahead) {
+    int width = this->width(block);
     for (int c = 0; c < width; c += kLane) {
-      Vector<Real> highest = broadcast(-kInfinity);
-      for (int key = 0; key < count; key++) {
-        if (key % kKeysPerFetch == 0) ahead.fetch();
+      // A scale that may turn the order of scores around is applied before the maximum is taken.
+      Vector<Real> factor = load(scale + block + c), first = broadcast(Real(1)), to_log2 = factor * Real(kLog2E);
+      if (softcap > 0) {
+        first = factor / softcap, to_log2 = broadcast(softcap * Real(kLog2E));
+      } else {
+        first = factor <= 0 ? factor : first, to_log2 = factor <= 0 ? broadcast(Real(kLog2E)) : to_log2;
+      }
+      bool rewrite = softcap > 0 || any(factor <= 0);
+      auto score = [&](int key) {
         Real* at = scores + key * width + c;
         Vector<Real> s = load(at);
-        if (rewrite) s = softcap > 0 ? tanh_vector(s * (scale / softcap)) : s * scale;
+        if (rewrite) s = softcap > 0 ? tanh_vector(s * first) : s * first;
         if constexpr (Visible::kMasks) s = visible.template lanes<Real>(key, block + c) ? s : broadcast(-kInfinity);
         if (rewrite || Visible::kMasks) store(at, s);
-        highest = maximum_of(highest, s);
-      }
-      Vector<Real> before = load(maximum + block + c), after = highest * to_log2;
+        return s;
+      };
+      Vector<Real> highest[4];  // several, so that none has to wait for the one before
+      for (Vector<Real>& h : highest) h = broadcast(-kInfinity);
+      int key = 0;
+      for (; key + 4 <= count; key += 4)
+        for (int i = 0; i < 4; i++) highest[i] = maximum(highest[i], score(key + i));
+      for (; key < count; key++) highest[0] = maximum(highest[0], score(key));
+      highest[0] = maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
+
+      Vector<Real> before = load(maximum_score + block + c), after = highest[0] * to_log2;
       after = after > before + kSlack ? after : before;
       Vector<Real> base = after == -kInfinity ? Vector<Real>{} : after;
       Vector<Real> total = load(sum + block + c);
       if (any(after != before)) {
-        Vector<Real> factor = exp2_vector(before - base);
-        total *= factor;
-        Real* column = out + int64_t(block) * padded_value_channels + c;
-        for (int d = 0; d < padded_value_channels; d++) store(column + d * width, load(column + d * width) * factor);
-        store(maximum + block + c, after);
+        Vector<Real> shrink = exp2_vector(before - base);
+        total *= shrink;
+        for (int i = 0; i < std::min(kLane, heads * head_lanes - block - c); i++) {
+          Real* row = out + int64_t(block + c + i) * padded_value_channels;
+          if (shrink[i] != 1)
+            for (int d = 0; d < padded_value_channels; d++) row[d] *= shrink[i];
+        }
+        store(maximum_score + block + c, after);
       }
       Vector<Real> tile_total{};
       auto weight = [&](int key) {
@@ -390,25 +467,30 @@ struct SoftmaxRows {
         return w;
       };
       if constexpr (kPack == 1) {
-        for (int key = 0; key < count; key++) store(scores + key * width + c, weight(key));
+        for (int key = 0; key < count; key++) {
+          ahead.step();
+          store(scores + key * width + c, weight(key));
+        }
       } else {
         auto put = [&](int key, Vector<Real> low, Vector<Real> high) {
           store_pairs(weights + key / 2 * width + c, low, high);
         };
         int key = 0;
         for (; key + 2 <= count; key += 2) {
-          if (key % kKeysPerFetch == 0) ahead.fetch();
+          if (!few_rows()) ahead.step();
           Vector<Real> low = weight(key), high = weight(key + 1);
           put(key, low, high);
         }
         if (key < count) put(key, weight(key), Vector<Real>{}), key += 2;
         for (; key < padded_count; key += 2) put(key, Vector<Real>{}, Vector<Real>{});
       }
+      if constexpr (kMultipliesTiles<Unit>) {
+        for (int pair = 0; pair < padded_count / kPack; pair += 16)
+          transpose(weights + pair * width + c, width, weights_by_row + c * kWeightStride + pair, kWeightStride);
+      }
       store(sum + block + c, total + tile_total);
     }
   }
-
-  static Vector<Real> maximum_of(Vector<Real> a, Vector<Real> b) { return a > b ? a : b; }
 
   static bool any(MaskOf<Real> mask) {
     uint64_t words[kVectorBytes / 8], all = 0;
@@ -429,18 +511,24 @@ struct SoftmaxRows {
 
   // A weight of zero must hide a value even if that is NaN or infinite. So under a mask such values leave the product,
   // and absorb() adds them one by one to the rows that see them.
-  void take_nonfinite(Element* value_tile, int count) {
-    for (int key = 0; key < count; key++) {
-      Element* row = value_tile + key * value_stride();
-      bool finite = true;
-      for (int c = 0; c < value_channels; c++) finite &= is_finite(row[c]);
-      for (int c = 0; !finite && c < value_channels; c++)
-        if (!is_finite(row[c])) nonfinite.push_back({key, c, Real(to_float(row[c]))}), row[c] = Element{};
-    }
+  void take_nonfinite(int count) {
+    for (int h = 0; h < heads; h++)
+      for (int key = 0; key < count; key++) {
+        Element* row = value_tiles + (int64_t(h) * kKeyTile + key) * value_stride();
+        bool finite = true;
+        for (int c = 0; c < value_channels; c++) finite &= is_finite(row[c]);
+        for (int c = 0; !finite && c < value_channels; c++)
+          if (!is_finite(row[c])) nonfinite.push_back({h, key, out_column(c), to_float(row[c])}), row[c] = Element{};
+      }
+  }
+
+  static int out_column(int channel) {
+    if constexpr (kPack > 1) return interleaved_place(channel);
+    return channel;
   }
 
   struct NonfiniteValue {
-    int key, channel;
+    int head, key, column;
     Real value;
   };
   std::vector<NonfiniteValue> nonfinite;

@@ -37,9 +37,10 @@ inline constexpr int kTileM = 4, kTileN = 2;
 inline constexpr int kTileM = 2, kTileN = 4;
 #endif
 
+// Of the last vector only lanes before column `columns` are stored.
 template <bool accumulate, bool row_major, int Rows, int Vectors, class Unit>
 inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c,
-                        int64_t ldc, int k) {
+                        int64_t ldc, int columns, int k) {
   using Accumulator = AccumulatorOf<Unit>;
   constexpr int lanes = kLanes<Accumulator>;
   Vector<Accumulator> sum[Rows][Vectors];
@@ -66,12 +67,14 @@ inline void matmul_tile(const Unit* a, int64_t a_stride, const Unit* b, int64_t 
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; j++) {
       auto* at = c + i * ldc + j * lanes;
-      store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+      Vector<Accumulator> result = accumulate ? load(at) + sum[i][j] : sum[i][j];
+      if (columns < (j + 1) * lanes) result = first_lanes<Accumulator>(columns - j * lanes) ? result : load(at);
+      store(at, result);
     }
 }
 
-// N is a multiple of 16 elements; k counts units. Long sums are added up in parts, which keeps their rounding errors
-// small.
+// k counts units. Where N is no multiple of 16, B and C need room for one: what lies there is read, and in C kept. Long
+// sums are added up in parts, which keeps their rounding errors small.
 template <bool accumulate, bool row_major, class Unit>
 inline void matmul(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, AccumulatorOf<Unit>* c, int64_t ldc,
                    int m, int n, int k) {
@@ -85,7 +88,7 @@ inline void matmul(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, 
   auto rows = [&]<int Rows>(int i) {
     auto tile = [&]<int Vectors>(int j) {
       matmul_tile<accumulate, row_major, Rows, Vectors>(row_major ? a + i * a_stride : a + i, a_stride, b + j, ldb,
-                                                        c + i * ldc + j, ldc, k);
+                                                        c + i * ldc + j, ldc, n - j, k);
     };
     int j = 0;
     for (; j + kTileN * lanes <= n; j += kTileN * lanes) tile.template operator()<kTileN>(j);
@@ -93,24 +96,49 @@ inline void matmul(const Unit* a, int64_t a_stride, const Unit* b, int64_t ldb, 
   };
   int i = 0;
   for (; i + kTileM <= m; i += kTileM) rows.template operator()<kTileM>(i);
+  if (kTileM > 4 && i + 4 <= m) rows.template operator()<4>(i), i += 4;
   for (; i < m; i++) rows.template operator()<1>(i);
 }
 
+// Whether the left operand has to be row-major, M and N multiples of 16 or below, and K one of 16.
+template <class Unit>
+inline constexpr bool kMultipliesTiles = false;
+
 #if defined(__AMX_TILE__)
-// The tile unit multiplies 16x32 by 32x16 bfloat16 at once. Needs m % 16 == 0, k % 16 == 0 (pairs) and a row-major A.
+template <>
+inline constexpr bool kMultipliesTiles<Pair> = true;
+
+// The tile unit multiplies 16x32 by 32x16 bfloat16 at once, or as many rows by as many columns as its registers are
+// told to have: 0-3 are of C, 4 and 5 of A, 6 and 7 of B.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+
+  explicit TileConfiguration(int m = 16, int n = 16) {
+    for (int i = 0; i < 8; i++) {
+      rows[i] = uint8_t(i < 6 ? m : 16);
+      bytes_per_row[i] = uint16_t(i < 4 || i > 5 ? 4 * n : 64);
+    }
+  }
 };
 
 // Holds this thread's tile registers while it multiplies.
 struct MatmulSession {
-  MatmulSession() {
-    static const TileConfiguration configuration;
+  MatmulSession() { shape(16, 16); }
+  ~MatmulSession() { _tile_release(); }
+
+  // Has to be called before products with other m or n below 16; takes as long as a few products of tiles.
+  void shape(int new_m, int new_n) {
+    if (new_m == m && new_n == n) return;
+    m = new_m, n = new_n;
+    TileConfiguration configuration(m, n);
+    asm volatile("" : : "r"(&configuration) : "memory");  // GCC's intrinsic does not say that it reads all of it
     _tile_loadconfig(&configuration);
   }
-  ~MatmulSession() { _tile_release(); }
+
+ private:
+  int m = 0, n = 0;
 };
 
 template <bool accumulate, int Rows, int Columns>
@@ -160,16 +188,23 @@ inline void matmul(const Pair* a, int64_t a_row, const Pair* b, int64_t ldb, flo
   if (i < m) rows.template operator()<1>(i);
 }
 #else
-struct MatmulSession {};
+struct MatmulSession {
+  void shape(int, int) {}
+};
 #endif
 
-// to[c, r] = from[r][c] for bfloat16: the values of a key tile, whose keys become the K dimension. rows % 32 == 0;
-// columns up to the next multiple of 32 are written, as zeros.
+// Where interleave() puts a column: of every 32, the processor unpacks first 0-3 of each eight, then 4-7 of each eight.
+constexpr int interleaved_place(int column) {
+  return column / 32 * 32 + column / 4 % 2 * 16 + column / 8 % 4 * 4 + column % 4;
+}
+
 #if defined(__AVX512BW__)
-// x becomes its 16x16 transpose in four rounds; each exchanges blocks of 1, 2, 4 and 8.
-inline void transpose_block(Vector<int32_t> (&x)[16]) {
+// to[c, r] = from[r, c] for 16x16 units, in four rounds: each exchanges blocks of 1, 2, 4 and 8.
+inline void transpose(const Pair* from, int64_t from_row, Pair* to, int64_t to_row) {
   using Int = Vector<int32_t>;
-  Int y[16];
+  Int x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) std::memcpy(&x[i], from + i * from_row, sizeof x[i]);
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     y[i] = Int(_mm512_unpacklo_epi32(__m512i(x[i]), __m512i(x[i + 1])));
@@ -196,24 +231,26 @@ inline void transpose_block(Vector<int32_t> (&x)[16]) {
     x[j + 4] = Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0x88));
     x[j + 12] = Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0xdd));
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) std::memcpy(to + i * to_row, &x[i], sizeof x[i]);
 }
 
-inline void transpose(const BFloat16* const (&from)[32], int first, int columns, BFloat16* to, int64_t to_row) {
-  using Int = Vector<int32_t>;
-  // Pairs of rows, columns 0-3 of every eight in one half and 4-7 in the other: whole lines are read once.
-  Int half[2][16];
-  __mmask32 present = columns == 32 ? ~0u : (1u << columns) - 1;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) {
-    __m512i even = _mm512_maskz_loadu_epi16(present, from[2 * i] + first);
-    __m512i odd = _mm512_maskz_loadu_epi16(present, from[2 * i + 1] + first);
-    half[0][i] = Int(_mm512_unpacklo_epi16(even, odd));
-    half[1][i] = Int(_mm512_unpackhi_epi16(even, odd));
+// Two rows as one row of pairs, `columns` padded with zeros to a multiple of 32, in the order of interleaved_place().
+inline void interleave(const BFloat16* even, const BFloat16* odd, int columns, Pair* to) {
+  for (int c = 0; c < columns; c += 32) {
+    __mmask32 present = columns - c >= 32 ? ~0u : (1u << (columns - c)) - 1;
+    __m512i low = _mm512_maskz_loadu_epi16(present, even + c), high = _mm512_maskz_loadu_epi16(present, odd + c);
+    _mm512_storeu_si512(to + c, _mm512_unpacklo_epi16(low, high));
+    _mm512_storeu_si512(to + c + 16, _mm512_unpackhi_epi16(low, high));
   }
-  for (int h = 0; h < 2; h++) {
-    transpose_block(half[h]);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; j++) std::memcpy(to + (j / 4 * 8 + h * 4 + j % 4) * to_row, &half[h][j], sizeof half[h][j]);
+}
+
+// Puts columns that came from interleave() into their order, in place.
+inline void restore_order(float* row, int columns) {
+  for (int c = 0; c < columns; c += 32) {
+    Vector<float> a = load(row + c), b = load(row + c + 16);
+    store(row + c, __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+    store(row + c + 16, __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
   }
 }
 #endif

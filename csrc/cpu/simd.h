@@ -60,6 +60,7 @@ inline void store(T* to, Vector<T> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// The second if one is NaN, which is what the processor's own instructions do.
 template <class V>
 inline V maximum(V a, V b) {
   return a > b ? a : b;
@@ -67,6 +68,24 @@ inline V maximum(V a, V b) {
 template <class V>
 inline V minimum(V a, V b) {
   return a < b ? a : b;
+}
+#if defined(__AVX512F__)
+inline Vector<float> maximum(Vector<float> a, Vector<float> b) {
+  return Vector<float>(_mm512_maskz_max_ps(0xffff, __m512(a), __m512(b)));
+}
+inline Vector<float> minimum(Vector<float> a, Vector<float> b) {
+  return Vector<float>(_mm512_maskz_min_ps(0xffff, __m512(a), __m512(b)));
+}
+#endif
+
+template <class Real>
+using MaskOf = decltype(Vector<Real>{} == Vector<Real>{});
+
+template <class Real>
+inline MaskOf<Real> first_lanes(int count) {
+  MaskOf<Real> lane;
+  for (int i = 0; i < kLanes<Real>; i++) lane[i] = i;
+  return lane < count;
 }
 
 template <class To, class From>
@@ -200,11 +219,10 @@ inline void convert(const float* src, Half* dst, int64_t n) {
 
 // ---- functions ----
 
-// 2^x to 1.5e-7 relative; 0 below the normal range; NaN stays NaN.
+// 2^x for x < 128 to 1.5e-7 relative; 0 from -127 down; NaN stays NaN.
 inline Vector<float> exp2_vector(Vector<float> x) {
   using Int = Vector<int32_t>;
-  x = x < -126.f ? broadcast(-127.f) : x;
-  x = x > 127.f ? broadcast(127.f) : x;
+  x = maximum(broadcast(-127.f), x);
   Vector<float> shifted = x + 0x1.8p23f;  // the integer part lands in the low mantissa bits
   Int exponent = bit_cast_vector<Int>(shifted) << 23;
   Vector<float> f = x - (shifted - 0x1.8p23f);
@@ -213,8 +231,7 @@ inline Vector<float> exp2_vector(Vector<float> x) {
   p = p * f + 2.4022242e-1f;
   p = p * f + 6.9314700e-1f;
   p = p * f + 1.f;
-  Vector<float> result = bit_cast_vector<Vector<float>>(bit_cast_vector<Int>(p) + exponent);
-  return x <= -127.f ? Vector<float>{} : result;
+  return bit_cast_vector<Vector<float>>(bit_cast_vector<Int>(p) + exponent);
 }
 
 inline Vector<double> exp2_vector(Vector<double> x) {
@@ -231,7 +248,7 @@ inline Vector<float> tanh_vector(Vector<float> x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   Vector<float> near_zero = x + x * z * p;
-  Vector<float> far = 1.f - 2.f / (1.f + exp2_vector(magnitude * 2.8853900817779268f));
+  Vector<float> far = 1.f - 2.f / (1.f + exp2_vector(minimum(broadcast(126.f), magnitude * 2.8853900817779268f)));
   return magnitude < 0.625f ? near_zero : (x < 0.f ? -far : far);
 }
 
@@ -241,6 +258,7 @@ inline Vector<double> tanh_vector(Vector<double> x) {
   return result;
 }
 
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+// Inlined, and so must be a function that does nothing else: GCC takes a call without effect away.
+__attribute__((always_inline)) inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

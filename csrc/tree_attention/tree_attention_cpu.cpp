@@ -68,11 +68,12 @@ class Forward {
       splits.emplace_back(p, b);
       max_splits = std::max(max_splits, splits[b].count);
     }
+    heads = heads_together();
   }
 
   void run() {
     Rows shape = rows_of(0);
-    int64_t tasks = batch * chunks * kv_heads, queries_size = round_up(shape.queries_size(), 16),
+    int64_t tasks = batch * chunks * (kv_heads / heads), queries_size = round_up(shape.queries_size(), 16),
             state_size = round_up(shape.state_size(), 16);
     static thread_local Scratch::Block shared;
     Scratch::plan(shared, [&](Scratch& scratch) {
@@ -82,18 +83,13 @@ class Forward {
     auto queries_of = [&](int64_t task) { return queries + task * queries_size; };
     auto state_of = [&](int64_t task, int split) { return states + (task * max_splits + split) * state_size; };
 
-    int64_t row_channels = int64_t(chunk_rows) * (p.q.size[3] + p.v_cache.size[3]);
+    int64_t row_channels = int64_t(heads) * chunk_rows * (p.q.size[3] + p.v_cache.size[3]);
     parallel_for(tasks, row_channels, [&](int64_t task) { pack_queries(place(task), queries_of(task)); });
-    int heads = heads_together();
-    int64_t items = tasks / heads * max_splits, keys = std::min<int64_t>(kSplitKeys, splits[0].total);
-    parallel_for(items, heads * row_channels * keys, [&](int64_t i) {
-      int64_t head_groups = kv_heads / heads, outer = i / (max_splits * head_groups);
-      int split = int(i / head_groups % max_splits);
-      int64_t task = outer * kv_heads + i % head_groups * heads;
-      if (split >= splits[place(task).b].count) return;
-      attend(
-          place(task), heads, split, [&](int h) { return queries_of(task + h); },
-          [&](int h) { return state_of(task + h, split); });
+    int64_t groups = kv_heads / heads, keys = std::min<int64_t>(kSplitKeys, splits[0].total);
+    parallel_for(tasks * max_splits, row_channels * keys, [&](int64_t i) {
+      int split = int(i / groups % max_splits);  // neighbouring items share cache rows
+      int64_t task = i / (groups * max_splits) * groups + i % groups;
+      if (split < splits[place(task).b].count) attend(place(task), split, queries_of(task), state_of(task, split));
     });
     parallel_for(tasks, row_channels * max_splits,
                  [&](int64_t task) { finish(place(task), [&](int split) { return state_of(task, split); }); });
@@ -102,78 +98,68 @@ class Forward {
  private:
   struct Place {
     int64_t b;
-    int chunk, head;
+    int chunk, head;  // the first of the task's key/value heads
   };
   Place place(int64_t task) const {
-    return {task / (chunks * kv_heads), int(task / kv_heads % chunks), int(task % kv_heads)};
+    int64_t groups = kv_heads / heads;
+    return {task / (chunks * groups), int(task / groups % chunks), int(task % groups) * heads};
   }
 
   Rows rows_of(int chunk) const {
-    return Rows(std::min(chunk_rows, nodes * group - chunk * chunk_rows), int(p.q.size[3]), int(p.v_cache.size[3]));
+    return Rows(heads, std::min(chunk_rows, nodes * group - chunk * chunk_rows), int(p.q.size[3]),
+                int(p.v_cache.size[3]));
   }
   int node_of(int chunk, int row) const { return (chunk * chunk_rows + row) / group; }
-  int query_head(Place at, int row) const { return at.head * group + (at.chunk * chunk_rows + row) % group; }
+  int query_head(Place at, int head, int row) const {
+    return (at.head + head) * group + (at.chunk * chunk_rows + row) % group;
+  }
 
   void pack_queries(Place at, Unit* packed) const {
     Rows rows = rows_of(at.chunk);
     rows.queries = packed;
-    rows.pack_queries([&](int r) { return p.q.at<const Query>(at.b, node_of(at.chunk, r), query_head(at, r)); },
-                      p.q.stride[3]);
+    rows.pack_queries(
+        [&](int h, int r) { return p.q.at<const Query>(at.b, node_of(at.chunk, r), query_head(at, h, r)); },
+        p.q.stride[3]);
   }
 
-  // A cache row holds all heads side by side. One task takes several, tile by tile, so that memory is read in longer
-  // runs; which ones changes no bit of the result.
+  // A cache row holds all heads side by side. One task takes several, so that memory is read in longer runs and few
+  // rows fill a vector together; which ones changes no bit of the result.
   int heads_together() const {
-    constexpr int kMostRows = 64;  // of all heads together: more gained nothing
-    int64_t wanted = 4 * omp_get_max_threads(), most = 1;
-    for (int heads = 2; heads <= kv_heads && heads * chunk_rows <= kMostRows; heads++)
+    int64_t threads = omp_get_max_threads(), lanes = Rows::lanes_of(chunk_rows);
+    int most = 1;
+    for (int heads = 2; heads <= kv_heads && heads * lanes <= kRowBlock; heads++) {
+      int64_t wanted = heads * lanes <= kRowAlign ? threads : 2 * threads;
       if (kv_heads % heads == 0 && batch * chunks * max_splits * (kv_heads / heads) >= wanted) most = heads;
-    return int(most);
+    }
+    return most;
   }
 
-  struct Head {
-    Rows rows;
-    Real scale;
-  };
-
-  template <class Queries, class States>
-  void attend(Place at, int head_count, int split, const Queries& queries_of, const States& state_of) const {
-    [[maybe_unused]] MatmulSession session;
-    Rows shape = rows_of(at.chunk);
+  void attend(Place at, int split, Unit* packed, Real* state) const {
+    MatmulSession session;
+    Rows rows = rows_of(at.chunk);
     static thread_local Scratch::Block block;
-    Scratch::plan(block, [&](Scratch& scratch) { shape.take(scratch, head_count); });
-    const VisibleTree& tree = trees[at.b];
+    Scratch::plan(block, [&](Scratch& scratch) { rows.take(scratch); });
     const Splits& cut = splits[at.b];
     bool last = split + 1 == cut.count;
     int64_t begin = split * cut.length, end = last ? cut.prefix : begin + cut.length;
 
-    std::vector<Head> heads;
-    for (int h = 0; h < head_count; h++) {
-      Real scale = p.k_scale ? Real(p.scale) * head_scale(p.k_scale, at.head + h) : Real(p.scale);
-      heads.push_back({shape, scale});
-      heads[h].rows.queries = queries_of(h);
-      heads[h].rows.use_state(state_of(h));
-      heads[h].rows.reset();
-    }
+    rows.queries = packed;
+    rows.use_state(state);
+    rows.reset();
+    for (int h = 0; h < heads; h++)
+      rows.set_scale(h, p.k_scale ? Real(p.scale) * head_scale(p.k_scale, at.head + h) : Real(p.scale));
     RowSource keys{p.k_cache, p.block_table, at.b, at.head, end}, values{p.v_cache, p.block_table, at.b, at.head, end};
-    attend_prefix(heads, at, keys, values, begin, end);
+    attend_prefix(rows, at, keys, values, begin, end, session);
     auto apply_value_scale = [&] {
-      for (int h = 0; h < head_count && p.v_scale; h++) heads[h].rows.scale_output(head_scale(p.v_scale, at.head + h));
+      for (int h = 0; h < heads && p.v_scale; h++) rows.scale_output(h, head_scale(p.v_scale, at.head + h));
     };
     if (last && p.k_tree) {  // the tree's own keys and values have no scale
       apply_value_scale();
-      for (Head& head : heads) head.scale = Real(p.scale);
+      for (int h = 0; h < heads; h++) rows.set_scale(h, Real(p.scale));
       keys = {p.k_tree, {}, at.b, at.head, nodes};
       values = {p.v_tree, {}, at.b, at.head, nodes};
     }
-    typename Rows::Tiles tiles;
-    for (int64_t first = 0; last && first < nodes; first += kKeyTile) {
-      int count = int(std::min<int64_t>(kKeyTile, nodes - first));
-      VisibleBits visible{tree.bits.data() + first * tree.words + at.chunk * chunk_rows / 64, tree.words};
-      shape.load_tiles(tiles, keys, values, head_count, p.k_tree ? first : cut.prefix + first, count, true);
-      for (int h = 0; h < head_count; h++)
-        heads[h].rows.absorb(tiles, h, count, heads[h].scale, Real(p.softcap), visible);
-    }
+    if (last) attend_tree(rows, at, keys, values, p.k_tree ? 0 : cut.prefix, session);
     if (!last || !p.k_tree) apply_value_scale();
   }
 
@@ -181,16 +167,37 @@ class Forward {
     return *scales.at<const float>(scales.size[0] == 1 ? 0 : head);
   }
 
-  // A window hides prefix slots below position - window + 1; only tiles that such a border crosses need a mask.
-  void attend_prefix(std::vector<Head>& heads, Place at, const RowSource& keys, const RowSource& values, int64_t begin,
-                     int64_t end) const {
+  // The tree's keys are those of the sources from slot `begin` on.
+  void attend_tree(Rows& rows, Place at, const RowSource& keys, const RowSource& values, int64_t begin,
+                   MatmulSession& session) const {
     const VisibleTree& tree = trees[at.b];
-    int rows = heads[0].rows.rows;
-    std::vector<int64_t> lowest(rows, 0);
+    typename Rows::Tiles tiles;
+    for (int64_t first = 0; first < nodes; first += kKeyTile) {
+      int count = int(std::min<int64_t>(kKeyTile, nodes - first));
+      VisibleBits visible{tree.bits.data() + first * tree.words + at.chunk * chunk_rows / 64, tree.words};
+      uint64_t of_all_heads[kKeyTile];
+      if (heads > 1) {  // which have one word together
+        for (int key = 0; key < count; key++) {
+          uint64_t bits = visible.word(key, 0);
+          of_all_heads[key] = 0;
+          for (int h = 0; h < heads; h++) of_all_heads[key] |= bits << (h * rows.head_lanes);
+        }
+        visible = {of_all_heads, 1};
+      }
+      rows.load_tiles(tiles, keys, values, begin + first, count, true);
+      rows.absorb(tiles, count, Real(p.softcap), visible, session);
+    }
+  }
+
+  // A window hides prefix slots below position - window + 1; only tiles that such a border crosses need a mask.
+  void attend_prefix(Rows& rows, Place at, const RowSource& keys, const RowSource& values, int64_t begin, int64_t end,
+                     MatmulSession& session) const {
+    const VisibleTree& tree = trees[at.b];
+    std::vector<int64_t> lowest(rows.rows, 0);
     int64_t lowest_of_all = 0, lowest_for_all = 0;
     if (p.window > 0) {
       lowest_of_all = end;
-      for (int r = 0; r < rows; r++) {
+      for (int r = 0; r < rows.rows; r++) {
         int depth = std::max(0, tree.depth[node_of(at.chunk, r)]);
         lowest[r] = std::max<int64_t>(0, splits[at.b].prefix + depth - p.window + 1);
         lowest_of_all = std::min(lowest_of_all, lowest[r]);
@@ -198,23 +205,19 @@ class Forward {
       }
     }
     begin = std::max(begin, lowest_of_all / kKeyTile * kKeyTile);
-    std::vector<int32_t> first_visible(heads[0].rows.padded_rows, kKeyTile);
+    std::vector<int32_t> first_visible(rows.padded_lanes, kKeyTile);
     typename Rows::Tiles tiles;
     for (int64_t first = begin; first < end; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, end - first));
       bool masked = first < lowest_for_all;
-      for (int r = 0; masked && r < rows; r++)
-        first_visible[r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
-      heads[0].rows.load_tiles(tiles, keys, values, int(heads.size()), first, count, masked);
-      for (int h = 0; h < int(heads.size()); h++) {
-        auto absorb = [&](const auto& visible) {
-          heads[h].rows.absorb(tiles, h, count, heads[h].scale, Real(p.softcap), visible);
-        };
-        if (masked) {
-          absorb(VisibleFrom{first_visible.data()});
-        } else {
-          absorb(EverythingVisible{});
-        }
+      for (int h = 0; masked && h < heads; h++)
+        for (int r = 0; r < rows.rows; r++)
+          first_visible[h * rows.head_lanes + r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
+      rows.load_tiles(tiles, keys, values, first, count, masked);
+      if (masked) {
+        rows.absorb(tiles, count, Real(p.softcap), VisibleFrom{first_visible.data()}, session);
+      } else {
+        rows.absorb(tiles, count, Real(p.softcap), EverythingVisible{}, session);
       }
     }
   }
@@ -223,49 +226,50 @@ class Forward {
   template <class State>
   void finish(Place at, const State& state_of) const {
     Rows rows = rows_of(at.chunk);
-    int count = splits[at.b].count;
+    int count = splits[at.b].count, channels = rows.padded_value_channels;
     constexpr int lanes = Rows::kLane;
     static thread_local Scratch::Block block;
-    Real *weight, *transposed;
+    Real *weight, *result;
     Scratch::plan(block, [&](Scratch& scratch) {
       weight = scratch.take<Real>(count * lanes);
-      transposed = scratch.take<Real>(int64_t(lanes) * rows.padded_value_channels);
+      result = scratch.take<Real>(channels);
     });
-    for (int row = 0; row < rows.padded_rows; row += lanes) {
-      int width = rows.block_rows(row / kRowBlock * kRowBlock);
+    for (int first = 0; first < rows.padded_lanes; first += lanes) {
+      auto head_of = [&](int i) { return (first + i) / rows.head_lanes; };
+      auto row_of = [&](int i) { return (first + i) % rows.head_lanes; };
+      auto exists = [&](int i) { return head_of(i) < heads && row_of(i) < rows.rows; };
       Vector<Real> sink;
       for (int i = 0; i < lanes; i++)
-        sink[i] = p.sinks && row + i < rows.rows ? Real(*p.sinks.at<const float>(query_head(at, row + i)) * kLog2E)
-                                                 : -Rows::kInfinity;
+        sink[i] = p.sinks && exists(i) ? Real(*p.sinks.at<const float>(query_head(at, head_of(i), row_of(i))) * kLog2E)
+                                       : -Rows::kInfinity;
       Vector<Real> highest = sink;
       for (int s = 0; s < count; s++) {
         rows.use_state(state_of(s));
-        highest = maximum(highest, load(rows.maximum + row));
+        highest = maximum(highest, load(rows.maximum_score + first));
       }
       Vector<Real> base = highest == -Rows::kInfinity ? Vector<Real>{} : highest, total = exp2_vector(sink - base);
       for (int s = 0; s < count; s++) {
         rows.use_state(state_of(s));
-        Vector<Real> w = exp2_vector(load(rows.maximum + row) - base);
+        Vector<Real> w = exp2_vector(load(rows.maximum_score + first) - base);
         store(weight + s * lanes, w);
-        total += w * load(rows.sum + row);
+        total += w * load(rows.sum + first);
       }
       Vector<Real> inverse = 1 / total;
-      for (int c = 0; c < rows.value_channels; c++) {
-        Vector<Real> sum{};
-        for (int s = 0; s < count; s++) {
-          rows.use_state(state_of(s));
-          int64_t offset =
-              int64_t(row / kRowBlock * kRowBlock) * rows.padded_value_channels + int64_t(c) * width + row % kRowBlock;
-          sum += load(rows.out + offset) * load(weight + s * lanes);
+      for (int i = 0; i < lanes; i++) {
+        if (!exists(i)) continue;
+        for (int c = 0; c < channels; c += lanes) {
+          Vector<Real> sum{};
+          for (int s = 0; s < count; s++) {
+            rows.use_state(state_of(s));
+            sum += load(rows.out_row(head_of(i), row_of(i)) + c) * weight[s * lanes + i];
+          }
+          store(result + c, sum * inverse[i]);
         }
-        sum *= inverse;
-        for (int i = 0; i < lanes; i++) transposed[i * rows.value_channels + c] = sum[i];
-      }
-      for (int i = 0; i < lanes && row + i < rows.rows; i++) {
-        int node = node_of(at.chunk, row + i), head = query_head(at, row + i);
+        if constexpr (Rows::kPack > 1) restore_order(result, channels);
+        int node = node_of(at.chunk, row_of(i)), head = query_head(at, head_of(i), row_of(i));
         bool sees_something = trees[at.b].depth[node] >= 0;
-        if (!sees_something) std::fill_n(transposed + i * rows.value_channels, rows.value_channels, Real(0));
-        convert(transposed + i * rows.value_channels, p.out.at<Query>(at.b, node, head), rows.value_channels);
+        if (!sees_something) std::fill_n(result, channels, Real(0));
+        convert(result, p.out.at<Query>(at.b, node, head), rows.value_channels);
         *p.lse.at<float>(at.b, head, node) =
             sees_something ? float(double(base[i]) * 0.69314718055994531 + std::log(double(total[i])))
                            : -std::numeric_limits<float>::infinity();
@@ -275,7 +279,7 @@ class Forward {
 
   const TreeAttentionParams& p;
   int64_t batch;
-  int nodes, kv_heads, group, chunk_rows, chunks, max_splits = 1;
+  int nodes, kv_heads, group, heads, chunk_rows, chunks, max_splits = 1;
   std::vector<VisibleTree> trees;
   std::vector<Splits> splits;
   Unit* queries;
