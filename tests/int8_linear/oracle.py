@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +30,8 @@ def round_to_integers(values: np.ndarray, scale: np.ndarray, limit: int) -> np.n
     usable = (np.isfinite(scale) & (scale != 0))[..., None]
     with np.errstate(all="ignore"):
         steps = np.rint(values / np.where(usable, scale[..., None], np.float32(1)))
-    return np.where(usable, np.clip(np.nan_to_num(steps, posinf=limit, neginf=-limit), -limit, limit), 0).astype(np.int64)
+    steps = np.clip(np.nan_to_num(steps, posinf=limit, neginf=-limit), -limit, limit)
+    return np.where(usable, steps, 0).astype(np.int64)
 
 
 def products(q: np.ndarray, weight: Tensor) -> np.ndarray:
@@ -97,6 +100,7 @@ def base_matrix(order: int) -> np.ndarray:
     return np.array(rows) * 2 - 1
 
 
+@functools.cache
 def hadamard(n: int) -> np.ndarray:
     """``kron(base, Sylvester)``, int64 ``[n, n]``: base 1, 12 or 20."""
     base = next(b for b in (1, 12, 20) if n % b == 0 and (n // b) & (n // b - 1) == 0)

@@ -106,9 +106,7 @@ int8_mm = _op("int8_mm(Tensor a, Tensor b) -> Tensor", _check_mm, _allocate_mm)
 # ---- int8_linear ----
 
 
-def _check_linear(
-    op: str, x: Any, weight: Any, weight_scale: Any, bias: Any, x_scale: Any, threshold: float
-) -> None:
+def _check_linear(op: str, x: Any, weight: Any, weight_scale: Any, bias: Any, x_scale: Any, threshold: float) -> None:
     _check_rows(op, x=x)
     _checks.is_tensor(op, weight=weight, weight_scale=weight_scale)
     dims = {"K": x.shape[-1]}

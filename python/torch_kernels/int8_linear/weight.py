@@ -114,6 +114,5 @@ class Int8Weight:
 
     def __repr__(self) -> str:
         return (
-            f"Int8Weight(out_features={self.out_features}, in_features={self.in_features}, "
-            f"device={str(self.device)!r})"
+            f"Int8Weight(out_features={self.out_features}, in_features={self.in_features}, device={str(self.device)!r})"
         )

@@ -93,6 +93,8 @@ class Int8Linear(nn.Module):
         signs = None
         dense = linear.weight.detach()
         if rotate:
+            if threshold > 0:
+                _checks.fail("Int8Linear.from_linear", "rotate", "False with a threshold", rotate)
             rotation.check_rotatable("Int8Linear.from_linear", "in_features", linear.in_features)
             signs = rotation.rotation_signs(linear.in_features).to(dense.device)
         if smooth is not None:
@@ -113,9 +115,7 @@ class Int8Linear(nn.Module):
         kind = f"threshold={self.threshold}"
         for key, present in (("rotate", self.signs), ("smooth", self.smooth), ("static", self.x_scale)):
             kind += f", {key}=True" if present is not None else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         before = dict(self._buffers)
