@@ -56,5 +56,6 @@ class _Linear(torch.autograd.Function):
                 grad, weight, scales, zeros, perm, in_features=ctx.in_features, group_size=ctx.group_size
             )
         if ctx.needs_input_grad[5]:
-            dbias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            rows = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)
+            dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, None, None, None, None, dbias, None, None, None

@@ -74,9 +74,7 @@ def unpack(layout: str, packed: Packed) -> Tensor:
     columns = packed.in_features if packed.perm is None else len(packed.perm)
     q = LAYOUTS[layout].unpack(packed.weight, packed.out_features, columns)
     if packed.perm is not None:
-        exists = packed.perm >= 0
-        sorted_q, q = q, q.new_empty(packed.out_features, packed.in_features)
-        q[:, packed.perm[exists].long()] = sorted_q[:, exists]
+        q = q[:, packed.perm.argsort()[columns - packed.in_features :]]  # padding, -1, comes first
     return to_nibbles(q)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -318,6 +318,17 @@ class Int4Weight:
             if isinstance(arguments[key], Tensor) and arguments[key].numel() == 1:
                 arguments[key] = int(arguments[key])
         return cls(**arguments)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """``torch.nn.functional.linear(x, w, bias)`` works; whatever else wants a dense weight learns that it is none."""
+        if function is torch.nn.functional.linear:
+            from torch_kernels.int4_linear import int4_linear
+
+            return int4_linear(*args, **(kwargs or {}))
+        return NotImplemented
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_qweight": self.qweight, "_packed": {}}

@@ -105,9 +105,9 @@ class Int4Linear(nn.Module):
             if tensor is not None and after is not None:
                 exact = after if after.dtype == tensor.dtype else tensor.to(after.device)
                 self._buffers[name] = moved.setdefault(id(tensor), exact)
-        layout = packing.layout_for(self.packed_weight.device)
-        if layout != self._layout[0]:
-            self._hold(self.weight, layout)
+        device = self.packed_weight.device
+        if device.type != "meta" and packing.layout_for(device) != self._layout[0]:
+            self._hold(self.weight, packing.layout_for(device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
