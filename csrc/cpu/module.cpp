@@ -8,6 +8,7 @@ namespace torch_kernels {
 void bind_dispatcher(nb::module_& module);
 void bind_tree_attention(nb::module_& module);
 void bind_tree_validation(nb::module_& module);
+void bind_int8_linear(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -25,4 +26,5 @@ NB_MODULE(_cpu, module) {
   module.def("select_instruction_set", &cpu::select);
   bind_tree_attention(module);
   bind_tree_validation(module);
+  bind_int8_linear(module);
 }
