@@ -55,13 +55,13 @@ inline void to_left(const int8_t* from, int64_t n, LeftElement* to) {
 }
 
 inline int32_t sum_lanes(Vector<int32_t> v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32(__m512i(v));
-#else
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes<int32_t>; i++) sum += v[i];
-  return sum;
-#endif
+#pragma GCC unroll 4
+  for (int half = kLanes<int32_t> / 2; half > 0; half /= 2) {
+    Vector<int32_t> partner;
+    for (int i = 0; i < kLanes<int32_t>; i++) partner[i] = i ^ half;
+    v += __builtin_shuffle(v, partner);
+  }
+  return v[0];
 }
 
 // sums[r * sums_row + f] = left row r · right row f, while the right rows at `ahead` come into the cache (their first
