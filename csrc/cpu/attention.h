@@ -164,7 +164,11 @@ struct VisibleFrom {
   template <class Real>
   MaskOf<Real> lanes(int key, int row) const {
     MaskOf<Real> first;
-    for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
+    if constexpr (sizeof(Real) == sizeof *first_visible) {
+      std::memcpy(&first, first_visible + row, sizeof first);
+    } else {
+      for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
+    }
     return key >= first;
   }
 };

@@ -142,6 +142,13 @@ DEVICE void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
                : "memory");
 }
 
+// The transpose of an 8x8 tile of 16-bit elements that the warp holds as ldmatrix gives it.
+DEVICE unsigned transpose_8x8(unsigned tile) {
+  unsigned r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(tile));
+  return r;
+}
+
 // --- Tensor core products, d += a * b: a is row-major (m x k), b is column-major (k x n). ---
 
 DEVICE void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

@@ -13,7 +13,7 @@ import pytest
 
 from . import resources
 
-# In some Triton kernels ptxas parks one 64-bit value on the stack, which is allowed; where in the kernel is not checked.
+# In some Triton kernels ptxas parks one 64-bit value on the stack, which is allowed; where in a kernel is not checked.
 PARKED_BYTES = 8
 PARKED_ACCESSES = 8
 

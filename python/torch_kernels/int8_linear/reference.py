@@ -144,7 +144,7 @@ def _absmax(x: Tensor) -> Tensor:
 
 def _static_scale(x: Tensor, x_scale: Tensor) -> Tensor:
     """x_scale for every row; NaN for a row that holds a NaN or an infinity, which saturation would hide."""
-    return torch.where(x.isfinite().all(-1), x_scale, math.nan)
+    return torch.where(x.isfinite().all(-1), x_scale[0], math.nan)
 
 
 def _round(x: Tensor, scale: Tensor, limit: int) -> Tensor:
