@@ -215,7 +215,7 @@ void int8_linear(const Int8LinearParams& p, const Context& context) {
   Int8Product product{{q, padded, rows, 16}, Int8Rows::of(p.weight), columns, plan, partials, counters};
   LinearWork work{product, p, row_scale, flag_bytes ? outliers : nullptr, int(flag_bytes)};
   with_row_tile(plan, [&]<int kRowTile>() {
-    launch(int8_linear_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads), Int8Tile<kRowTile>::kShared,
+    launch(int8_linear_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads), LinearTile<kRowTile>::kShared,
            context.stream, work);
   });
 }
