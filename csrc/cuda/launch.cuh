@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // launch(kernel, grid, block, shared_bytes, stream, args...) starts a kernel or throws std::runtime_error that names
-// it. DeviceGuard makes a tensor's device current for a scope. g++ gets both from the emulator.
+// it. DeviceGuard makes a tensor's device current for a scope. g++ gets all of it from the emulator.
 #pragma once
 #include <concepts>
 #include <source_location>
@@ -87,6 +87,15 @@ void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_
   if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function, grid));
 }
 
+// The most shared memory a block may ask for.
+inline size_t shared_memory_limit(int device) {
+  int bytes = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess)
+    throw_cuda_error(error, "asking for the shared memory of CUDA device " + std::to_string(device));
+  return size_t(bytes);
+}
+
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -114,6 +123,8 @@ void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_
       reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
 }
+
+inline size_t shared_memory_limit(int) { return emulator::settings.shared_limit; }
 
 class DeviceGuard {
  public:
