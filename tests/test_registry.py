@@ -121,8 +121,9 @@ def test_slow_path_warns_once_per_signature(op: _registry.Op, monkeypatch: pytes
         assert_bitwise("mask", mask(), expected)
         mask()
     assert len(caught) == 1
-    with pytest.warns(torch_kernels.SlowPathWarning):
+    with pytest.warns(torch_kernels.SlowPathWarning) as raw:
         torch.ops.kernels.tree_mask(PARENTS[:, :2])
+    assert {warning.filename for warning in (*caught, *raw)} == {__file__}
 
 
 def test_slow_path_names_the_dtype_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,7 @@ class TileSession {
     int depth = std::min(span_units, 16);
     for (int tile : {2, 3}) configuration.bytes_per_row[tile] = uint16_t(depth * 4);
     for (int tile : {4, 5, 6, 7}) configuration.rows[tile] = uint8_t(depth);
+    asm volatile("" : : "r"(&configuration) : "memory");  // GCC's intrinsic does not say that it reads all of it
     _tile_loadconfig(&configuration);
   }
   ~TileSession() { _tile_release(); }

@@ -51,8 +51,8 @@ void int4_linear(const Int4LinearParams& p, const Context& context) {
                       .x_scales = x_scales,
                       .x_scale_stride = scale_stride,
                       .weight = p.weight,
-                      .scales = p.scales,
-                      .zeros = p.zeros,
+                      .scales = Int4Parameters(p.scales),
+                      .zeros = p.zeros ? Int4Parameters(p.zeros) : Int4Parameters(),
                       .bias = p.bias,
                       .out = p.out,
                       .partials = partials};

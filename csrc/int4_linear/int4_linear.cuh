@@ -17,7 +17,7 @@ struct Int4LinearBlock : Int4LinearStages<X, kRows, kWarps> {
   using Base = Int4LinearStages<X, kRows, kWarps>;
   using Base::kColumnTile, Base::kRowBytes, Base::kTiles;
   using Base::work, Base::lane, Base::warp, Base::rows, Base::row0, Base::split, Base::shared, Base::first_tile,
-      Base::last_tile, Base::group_in_stage, Base::warp_feature;
+      Base::last_tile, Base::warp_feature;
 
   static constexpr bool kInt8 = sizeof(X) == 1, kFloat = sizeof(X) == 4;
   // Cell (h, c, r) of a lane is feature 16 h + 8 (r / 2) + lane / 4 of its warp. In the mma's layout row 8 c + 2 (lane
@@ -29,127 +29,136 @@ struct Int4LinearBlock : Int4LinearStages<X, kRows, kWarps> {
   Sum ones[kFloat ? 1 : kCells][4] = {};  // of x over the current group, if zero points need it
   float total[2][kCells][4] = {};
   unsigned zero[2][2] = {};  // constants of decode_int4
-  float zero_float[2][2] = {};
+  float zero_float[4] = {};  // or their zero points, [2 h + i]
+
+  // Where this lane finds x as B operand: of 16 rows and 32 bytes, or of 8 rows and 64 bytes.
+  const int x_offset = kRows == 8 ? swizzled<kRowBytes>(lane % 8, lane / 8)
+                                  : swizzled<kRowBytes>(lane / 16 * 8 % kRows + lane % 8, lane / 8 % 2);
 
   DEVICE explicit Int4LinearBlock(const Int4LinearWork& w) : Base(w) {}
 
-  DEVICE bool sums_x() const { return kInt8 ? bool(work.zeros) : work.zeros.dtype == DType::float32 && !kFloat; }
+  // Whether groups of 1 << shift sixteens have a boundary in front of this one.
+  static DEVICE bool is_boundary(int sixteen, int shift) { return (sixteen & ((1 << shift) - 1)) == 0; }
 
-  // Scale or zero point, as a float, of this lane's feature 16 h + 8 i + lane / 4.
-  DEVICE float parameter(int offset, DType dtype, int group, int h, int i) const {
-    return load_parameter(offset, dtype, group * kColumnTile + warp * kInt4TileFeatures + 16 * h + 8 * i + lane / 4);
+  DEVICE bool sums_x() const {
+    return !kFloat && (kInt8 ? work.zeros.dtype != DType::none : work.zeros.dtype == DType::float32);
   }
 
-  DEVICE void start_group(int buffer, int group) {
-    if constexpr (kInt8) return;
+  // The first feature of this lane among the parameters of a sixteen's group in its stage.
+  DEVICE int parameter(int sixteen, int stage_sixteen) const {
+    int group = (sixteen >> work.plan.group_shift) - (stage_sixteen >> work.plan.group_shift);
+    return group * kColumnTile + warp * kInt4TileFeatures + lane / 4;
+  }
+
+  DEVICE void start_group(int buffer, int sixteen, int stage_sixteen) {
+    if (work.zeros.dtype != DType::none && !sums_x())
+      work.zeros.load(zero_float, buffer + work.plan.stage.zeros, parameter(sixteen, stage_sixteen));
+    if constexpr (!kFloat && !kInt8)
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float z =
-            work.zeros && !sums_x() ? parameter(buffer + work.plan.stage.zeros, work.zeros.dtype, group, h, i) : 0;
-        if constexpr (kFloat)
-          zero_float[h][i] = z;
-        else if constexpr (!kInt8)
-          zero[h][i] = zero_constant<X>(i, z);
-      }
+      for (int i = 0; i < 4; i++) zero[i / 2][i % 2] = zero_constant<X>(i % 2, zero_float[i]);
   }
 
   // total += scale * (sum - zero * sum of x); begins the next sum.
-  DEVICE void end_group(int buffer, int group, int sum_group) {
-    float scale[2][2], z[2][2];
-    bool with_zeros = sums_x();
+  DEVICE void end_group(int buffer, int sixteen, int stage_sixteen) {
+    if (sums_x())
+      end_group<true>(buffer, sixteen, stage_sixteen);
+    else
+      end_group<false>(buffer, sixteen, stage_sixteen);
+  }
+  template <bool kZeros>
+  DEVICE void end_group(int buffer, int sixteen, int stage_sixteen) {
+    float scale[4], z[4] = {};
+    int first = parameter(sixteen, stage_sixteen);
+    work.scales.load(scale, buffer + work.plan.stage.scales, first);
+    if constexpr (kZeros) work.zeros.load(z, buffer + work.plan.stage.zeros, first);
+    if constexpr (kInt8)
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        scale[h][i] = parameter(buffer + work.plan.stage.scales, work.scales.dtype, group, h, i);
-        z[h][i] = with_zeros ? parameter(buffer + work.plan.stage.zeros, work.zeros.dtype, group, h, i) : 0;
-        if constexpr (kInt8) scale[h][i] *= 0.0625f, z[h][i] *= 16;
-      }
+      for (int i = 0; i < 4; i++) scale[i] *= 0.0625f, z[i] *= 16;  // decode_int4 gives 16 times the weight
+    int x_group = (sixteen >> work.plan.sum_shift) - (stage_sixteen >> work.plan.sum_shift);
 #pragma unroll
     for (int c = 0; c < kCells; c++) {
       float2 x_scale = make_float2(1, 1);
       if constexpr (kInt8)
-        x_scale = shared_array<float>(buffer + work.plan.stage.x_scales, (sum_group + 1) * kRows)
-                      .template load<float2>(sum_group * kRows + c * 8 + lane % 4 * 2);
+        x_scale = shared_array<float>(buffer + work.plan.stage.x_scales, (x_group + 1) * kRows)
+                      .template load<float2>(x_group * kRows + c * 8 + lane % 4 * 2);
 #pragma unroll
       for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-          float value = float(sum[h][c][r]);
-          if constexpr (!kFloat)
-            if (with_zeros) value = fmaf(-z[h][r / 2], float(ones[c][r % 2]), value);
-          float factor = scale[h][r / 2];
+          float value = float(sum[h][c][r]), factor = scale[2 * h + r / 2];
+          if constexpr (kZeros && !kFloat) value = fmaf(-z[2 * h + r / 2], float(ones[c][r % 2]), value);
           if constexpr (kInt8) factor *= r % 2 ? x_scale.y : x_scale.x;
           total[h][c][r] = fmaf(factor, value, total[h][c][r]);
           sum[h][c][r] = 0;
         }
-      if constexpr (!kFloat)
+      if constexpr (kZeros && !kFloat)
 #pragma unroll
         for (int r = 0; r < 4; r++) ones[c][r] = 0;
     }
   }
 
-  DEVICE void multiply(Sum (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  DEVICE void multiply(Sum (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) const {
     if constexpr (kInt8)
       ptx::mma_m16n8k32_s8(d, a, b0, b1);
     else if constexpr (!kFloat)
       mma_m16n8k16<X>(d, a, b0, b1);
   }
-
-  // sum += a x^T for 32 bytes of x's rows, `chunk` of 16 bytes and the next; `halves` says which of the two count.
-  DEVICE void multiply_step(const char* x, int chunk, const unsigned (&a)[2][4], int halves = 3) {
+  DEVICE void multiply_ones(Sum (&d)[4], unsigned b0, unsigned b1) const {
     constexpr unsigned kOne = kInt8 ? 0x01010101u : std::is_same_v<X, __half> ? 0x3c003c00u : 0x3f803f80u;
-    constexpr int kGroup = kRows == 8 ? 1 : 2;  // tiles of 8 rows per ldmatrix
-    int offset = swizzled<kRowBytes>(lane / 16 * 8 % kRows + lane % 8, lane / 8 % 2);
-    bool with_ones = sums_x();
-#pragma unroll
-    for (int c = 0; c < kCells; c += kGroup) {
-      if (c * 8 >= rows) break;
+    const unsigned one[4] = {kOne, kOne, kOne, kOne};
+    multiply(d, one, b0, b1);
+  }
+
+  // sum += a x^T for the 8 rows of cell c.
+  DEVICE void multiply_rows(int c, const unsigned (&a)[2][4], unsigned b0, unsigned b1) {
+    multiply(sum[0][c], a[0], b0, b1);
+    multiply(sum[1][c], a[1], b0, b1);
+    if (sums_x()) multiply_ones(ones[c], b0, b1);
+  }
+
+  // sum += a x^T for steps of 32 bytes along x's rows, from 16-byte chunk `chunk` on. A step is 16 columns, or 32 of
+  // int8, of which kHalves can leave out the last (1) or first (2) 16.
+  template <int kSteps, int kHalves = 3>
+  DEVICE void multiply_steps(const char* x, int chunk, const unsigned (&a)[kSteps][2][4]) {
+    auto half = [](unsigned b, int i) { return kHalves >> i & 1 ? b : 0u; };
+    if constexpr (kRows == 8 && kSteps == 2) {
       unsigned b[4];
-      if constexpr (kGroup == 2) {
-        ptx::ldmatrix_x4(b, x + swizzled_step<kRowBytes>(offset, c * 8, chunk));
-      } else {
-        unsigned pair[2];
-        ptx::ldmatrix_x2(pair, x + swizzled_step<kRowBytes>(offset, c * 8, chunk));
-        b[0] = pair[0], b[1] = pair[1];
-      }
-      if constexpr (kInt8)
+      ptx::ldmatrix_x4(b, x + swizzled_step<kRowBytes>(x_offset, 0, chunk));
+      multiply_rows(0, a[0], b[0], b[1]);
+      multiply_rows(0, a[1], b[2], b[3]);
+    } else if constexpr (kRows == 8) {
+      unsigned b[2];
+      ptx::ldmatrix_x2(b, x + swizzled_step<kRowBytes>(x_offset, 0, chunk));
+      multiply_rows(0, a[0], half(b[0], 0), half(b[1], 1));
+    } else {
 #pragma unroll
-        for (int i = 0; i < 2 * kGroup; i++)
-          if (!(halves >> i % 2 & 1)) b[i] = 0;
+      for (int step = 0; step < kSteps; step++)
 #pragma unroll
-      for (int i = 0; i < kGroup; i++) {
-        multiply(sum[0][c + i], a[0], b[2 * i], b[2 * i + 1]);
-        multiply(sum[1][c + i], a[1], b[2 * i], b[2 * i + 1]);
-        if (with_ones) {
-          const unsigned one[4] = {kOne, kOne, kOne, kOne};
-          multiply(ones[c + i], one, b[2 * i], b[2 * i + 1]);
+        for (int c = 0; c < kCells; c += 2) {
+          if (c > 0 && c * 8 >= rows) break;
+          unsigned b[4];
+          ptx::ldmatrix_x4(b, x + swizzled_step<kRowBytes>(x_offset, c * 8, chunk + 2 * step));
+          multiply_rows(c, a[step], half(b[0], 0), half(b[1], 1));
+          multiply_rows(c + 1, a[step], half(b[2], 0), half(b[3], 1));
         }
-      }
     }
   }
 
   // The same for 16 columns without tensor cores.
-  DEVICE void multiply_words(int x, int column, unsigned word0, unsigned word1) {
+  DEVICE void multiply_words(int x, int column, const unsigned (&words)[2]) {
     Shared<float> values = shared_array<float>(x, kRows * kRowBytes / 4);
 #pragma unroll
     for (int half = 0; half < 2; half++) {  // columns 0 to 7, 8 to 15
       float w[2][2][2];
 #pragma unroll
-      for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-          for (int u = 0; u < 2; u++) {
-            w[h][i][u] = int4_to_float(h ? word1 : word0, i + 2 * half + 4 * u) - zero_float[h][i];
-          }
+      for (int i = 0; i < 8; i++)
+        w[i / 4][i / 2 % 2][i % 2] =
+            int4_to_float(words[i / 4], i / 2 % 2 + 2 * half + 4 * (i % 2)) - zero_float[i / 2];
 #pragma unroll
       for (int row = 0; row < kRows; row++) {
         if (row >= rows) break;
         int at = column + 8 * half + lane % 4 * 2;
-        float2 v = values.template load<float2>((swizzled<kRowBytes>(row, at / 4) + at % 4 * 4) / 4);
+        float2 v = values.template load<float2>(swizzled<kRowBytes>(row, at / 4) / 4 + at % 4);
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -161,63 +170,99 @@ struct Int4LinearBlock : Int4LinearStages<X, kRows, kWarps> {
     }
   }
 
-  // One tile of 64 columns. Groups may end after every 16.
-  DEVICE void multiply_tile(int tile, int buffer) {
-    int in_stage = (tile - first_tile) % kTiles;
-    const char* x = shared + buffer + work.plan.stage.x;
-    Shared<unsigned> weights =
-        shared_array<unsigned>(buffer + (warp * kTiles + in_stage) * kInt4TileBytes, kInt4TileBytes / 4);
-    uint4 loaded[2] = {weights.template load<uint4>(lane * 4), weights.template load<uint4>(128 + lane * 4)};
-    int mask = (1 << work.plan.group_shift) - 1, sum_mask = (1 << work.plan.sum_shift) - 1;
-    auto end = [&](int sixteen) {
-      end_group(buffer, group_in_stage(sixteen, work.plan.group_shift), group_in_stage(sixteen, work.plan.sum_shift));
+  // All 64 columns of a tile.
+  DEVICE void multiply_tile(const Shared<unsigned>& weights, int x, int column) {
+    const uint4 loaded[2] = {weights.template load<uint4>(lane * 4), weights.template load<uint4>(128 + lane * 4)};
+    auto word = [&](int h, int j) {
+      return j == 0 ? loaded[h].x : j == 1 ? loaded[h].y : j == 2 ? loaded[h].z : loaded[h].w;
     };
+    constexpr int kWords = kInt8 ? 2 : 1;  // per step
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      int sixteen = tile * 4 + j;
-      unsigned word[2] = {(&loaded[0].x)[j], (&loaded[1].x)[j]};
-      if (!kInt8 && ((sixteen & mask) == 0 || (j == 0 && tile == first_tile)))
-        start_group(buffer, group_in_stage(sixteen, work.plan.group_shift));
-      if constexpr (kInt8) {
-        if (j % 2) continue;
-        unsigned a[2][4];
-        decode_int4((&loaded[0].x)[j], (&loaded[0].x)[j + 1], a[0]);
-        decode_int4((&loaded[1].x)[j], (&loaded[1].x)[j + 1], a[1]);
-        int chunk = in_stage * 4 + j;
-        if (sum_mask == 0) {
-          multiply_step(x, chunk, a, 1);
-          end(sixteen);
-          multiply_step(x, chunk, a, 2);
-        } else {
-          multiply_step(x, chunk, a);
-        }
-        if (((sixteen + 2) & sum_mask) == 0) end(sixteen + 1);
+    for (int j = 0; j < 4; j += 2 * kWords) {
+      if constexpr (kFloat) {
+        multiply_words(x, column + j * 16, {word(0, j), word(1, j)});
+        multiply_words(x, column + j * 16 + 16, {word(0, j + 1), word(1, j + 1)});
       } else {
-        if constexpr (kFloat) {
-          multiply_words(buffer + work.plan.stage.x, in_stage * 64 + j * 16, word[0], word[1]);
-        } else {
-          unsigned a[2][4];
-          decode_int4<X>(word[0], zero[0], a[0]);
-          decode_int4<X>(word[1], zero[1], a[1]);
-          multiply_step(x, (in_stage * 4 + j) * 2, a);
+        unsigned a[2][2][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int step = i / 2, h = i % 2, first = j + step * kWords;
+          if constexpr (kInt8)
+            decode_int4(word(h, first), word(h, first + 1), a[step][h]);
+          else
+            decode_int4<X>(word(h, first), zero[h], a[step][h]);
         }
-        if (((sixteen + 1) & sum_mask) == 0) end(sixteen);
+        multiply_steps<2>(shared + x, (column + j * 16) * int(sizeof(X)) / 16, a);
       }
     }
-    // A group that spans splits is scaled in each.
-    if (tile + 1 == last_tile && ((tile * 4 + 4) & sum_mask) != 0) end(tile * 4 + 3);
+  }
+
+  // The same where groups of 16 or 32 columns start and end within.
+  DEVICE void multiply_tile_in_groups(const Shared<unsigned>& weights, int x, int column, int buffer, int sixteen,
+                                      int stage_sixteen) {
+    int shift = work.plan.group_shift;
+#pragma unroll 1
+    for (int j = 0; j < 4; j += kInt8 ? 2 : 1) {
+      int at = sixteen + j, chunk = (column + j * 16) * int(sizeof(X)) / 16;
+      const unsigned words[2] = {weights[lane * 4 + j], weights[128 + lane * 4 + j]};
+      if constexpr (kInt8) {
+        const unsigned next[2] = {weights[lane * 4 + j + 1], weights[129 + lane * 4 + j]};
+        unsigned a[1][2][4];
+        decode_int4(words[0], next[0], a[0][0]);
+        decode_int4(words[1], next[1], a[0][1]);
+        if (shift == 0) {
+          multiply_steps<1, 1>(shared + x, chunk, a);
+          end_group(buffer, at, stage_sixteen);
+          multiply_steps<1, 2>(shared + x, chunk, a);
+        } else {
+          multiply_steps<1>(shared + x, chunk, a);
+        }
+        end_group(buffer, at + 1, stage_sixteen);
+      } else {
+        if (is_boundary(at, shift)) start_group(buffer, at, stage_sixteen);
+        if constexpr (kFloat) {
+          multiply_words(x, column + j * 16, words);
+        } else {
+          unsigned a[1][2][4];
+          decode_int4<X>(words[0], zero[0], a[0][0]);
+          decode_int4<X>(words[1], zero[1], a[0][1]);
+          multiply_steps<1>(shared + x, chunk, a);
+        }
+        if (is_boundary(at + 1, shift)) end_group(buffer, at, stage_sixteen);
+      }
+    }
+  }
+
+  DEVICE void multiply_stage(int stage, int buffer) {
+    int stage_tile = first_tile + stage * kTiles, x = buffer + work.plan.stage.x;
+#pragma unroll 1
+    for (int i = 0; i < kTiles; i++) {
+      int tile = stage_tile + i, sixteen = tile * 4;
+      if (tile >= last_tile) break;
+      Shared<unsigned> weights =
+          shared_array<unsigned>(buffer + (warp * kTiles + i) * kInt4TileBytes, kInt4TileBytes / 4);
+      if (work.plan.group_shift < 2) {
+        multiply_tile_in_groups(weights, x, i * kInt4TileColumns, buffer, sixteen, stage_tile * 4);
+        continue;
+      }
+      // A group that spans splits is started and scaled in each.
+      if (!kInt8 && (is_boundary(sixteen, work.plan.group_shift) || tile == first_tile))
+        start_group(buffer, sixteen, stage_tile * 4);
+      multiply_tile(weights, x, i * kInt4TileColumns);
+      if (is_boundary(sixteen + 4, work.plan.sum_shift) || tile + 1 == last_tile)
+        end_group(buffer, sixteen, stage_tile * 4);
+    }
   }
 
   DEVICE void store(int feature, int row, float value) const {
     if (feature >= work.features || row >= rows) return;
-    if (work.plan.splits > 1) {
+    if (work.plan.splits > 1)
       work.partials[(int64_t(split) * work.rows + row0 + row) * work.features + feature] = value;
-      return;
-    }
-    finish_element(work.out, work.bias, row0 + row, feature, value);
+    else
+      finish_element(work.out, work.bias, row0 + row, feature, value);
   }
 
-  DEVICE void store_all() {
+  DEVICE void store_all() const {
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -241,18 +286,13 @@ __global__ void __launch_bounds__(32 * kWarps, kRows <= 16   ? 4
                                                : kRows == 32 ? 12 / kWarps
                                                              : 8 / kWarps)
     int4_linear_kernel(const __grid_constant__ Int4LinearWork work) {
-  using Block = Int4LinearBlock<X, kRows, kWarps>;
-  Block block(work);
-  bool active = block.warp_feature() < work.features;
+  Int4LinearBlock<X, kRows, kWarps> block(work);
   auto copy = [&](int stage, char* to) { block.copy_stage(stage, to); };
   auto compute = [&](int stage, int buffer) {
-    if (!active) return;
-    int tile = block.first_tile + stage * Block::kTiles;
-#pragma unroll 1
-    for (int i = 0; i < Block::kTiles && tile + i < block.last_tile; i++) block.multiply_tile(tile + i, buffer);
+    if (block.active) block.multiply_stage(stage, buffer);
   };
   run_stages(block.stages(), work.plan.stages, work.plan.stage.bytes, copy, compute);
-  if (active) block.store_all();
+  if (block.active) block.store_all();
 }
 
 template <class X, int kRows, int kWarps>

@@ -24,7 +24,8 @@ struct Int4BackwardWork {
   int64_t grad_row_bytes;
   int grad_columns;  // that exist
   int rows, row_tiles;
-  Tensor weight, scales, zeros, perm;
+  Tensor weight, perm;
+  Int4Parameters scales, zeros;
   Tensor out;
 };
 
@@ -47,6 +48,7 @@ struct Int4BackwardBlock {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row0 = int(blockIdx.x % work.row_tiles) * kRows, rows = min(work.rows - row0, kRows);
   const int tile_k = int(blockIdx.x / work.row_tiles) * kWarps + warp;
+  const bool active = tile_k < work.weight.size[1];  // whether this warp has columns
   const int block_group = (tile_k - warp) * 4 >> work.group_shift;
   const int groups = max(1, kColumnTile / 16 >> work.group_shift);
   char* const shared = dynamic_shared<char>();
@@ -57,7 +59,9 @@ struct Int4BackwardBlock {
   DEVICE void copy_stage(int stage, char* to) const {
 #pragma unroll
     for (int i = 0; i < kTiles; i++)
-      copy_weight_tile(to + (warp * kTiles + i) * kInt4TileBytes, work.weight, stage * kTiles + i, tile_k, lane);
+      if (active && stage * kTiles + i < work.weight.size[0])
+        copy_weight_tile(to + (warp * kTiles + i) * kInt4TileBytes,
+                         weight_tile(work.weight, stage * kTiles + i, tile_k, lane), lane);
     constexpr int kChunks = kRowBytes / 16;
     int chunk = thread % kChunks, feature = stage * kFeatures;
     int valid = (work.grad_columns - feature) * int(sizeof(T)) - chunk * 16;
@@ -68,24 +72,19 @@ struct Int4BackwardBlock {
     for (int row = thread / kChunks; row < kRows; row += kThreads / kChunks)
       if (row < rows)
         ptx::cp_async_16(to + work.stage.x + swizzled<kRowBytes>(row, chunk), grad + row * work.grad_row_bytes, valid);
-    int features = int(work.scales.size[1]);
-    copy_parameters<kThreads>(to + work.stage.scales, work.scales, block_group, groups, feature, kFeatures, features);
-    copy_parameters<kThreads>(to + work.stage.zeros, work.zeros, block_group, groups, feature, kFeatures, features);
+    work.scales.template copy<kThreads, kFeatures>(to + work.stage.scales, block_group, groups, feature);
+    work.zeros.template copy<kThreads, kFeatures>(to + work.stage.zeros, block_group, groups, feature);
   }
 
   // Scales and zero points, less 8, of features lane / 4 + 8 i of 16, for 16 columns.
   struct Parameters {
-    float scale[2], zero[2];
+    float scale[2], zero[2] = {0, 0};
   };
   DEVICE Parameters parameters(int buffer, int feature, int j) const {
     Parameters p;
-    int group = ((tile_k * 4 + j) >> work.group_shift) - block_group;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      int at = group * kFeatures + feature + 8 * i + lane / 4;
-      p.scale[i] = load_parameter(buffer + work.stage.scales, work.scales.dtype, at);
-      p.zero[i] = work.zeros ? load_parameter(buffer + work.stage.zeros, work.zeros.dtype, at) : 0;
-    }
+    int group = ((tile_k * 4 + j) >> work.group_shift) - block_group, first = group * kFeatures + feature + lane / 4;
+    work.scales.load(p.scale, buffer + work.stage.scales, first);
+    if (work.zeros.dtype != DType::none) work.zeros.load(p.zero, buffer + work.stage.zeros, first);
     return p;
   }
 
@@ -206,13 +205,12 @@ template <class T, int kRows>
 __global__ void __launch_bounds__(kThreads, 2)
     int4_linear_backward_kernel(const __grid_constant__ Int4BackwardWork work) {
   Int4BackwardBlock<T, kRows> block(work);
-  bool active = block.tile_k < work.weight.size[1];
   auto copy = [&](int stage, char* to) { block.copy_stage(stage, to); };
   auto compute = [&](int stage, int buffer) {
-    if (active) block.multiply_stage(stage, buffer);
+    if (block.active) block.multiply_stage(stage, buffer);
   };
   run_stages(int((work.weight.size[0] + kTiles - 1) / kTiles), work.stages, work.stage.bytes, copy, compute);
-  if (active) block.store_all();
+  if (block.active) block.store_all();
 }
 
 // Columns that no packed column comes from have gradient zero.
@@ -245,7 +243,9 @@ void run(const Int4LinearBackwardParams& p, const Context& context) {
   void* copy = direct ? nullptr : context.allocate(slab * width_bytes);
   work.grad_row_bytes = (direct ? p.grad.stride[0] : width) * int64_t(sizeof(T));
   work.grad_columns = int(direct ? p.grad.size[1] : width);
-  work.weight = p.weight, work.scales = p.scales, work.zeros = p.zeros, work.perm = p.perm, work.out = p.out;
+  work.weight = p.weight, work.scales = Int4Parameters(p.scales);
+  if (p.zeros) work.zeros = Int4Parameters(p.zeros);
+  work.perm = p.perm, work.out = p.out;
   int64_t column_tiles = (p.weight.size[1] + kWarps - 1) / kWarps;
   for (int64_t row0 = 0; row0 < rows; row0 += slab) {
     work.rows = int(std::min(slab, rows - row0));

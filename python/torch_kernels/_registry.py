@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -245,9 +246,8 @@ class Op:
             if reason is None:
                 if backend.name == "reference" and _State.forced is None:
                     why = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-                    warnings.warn(
-                        f"{self.name} runs on the slow PyTorch reference ({why})", SlowPathWarning, stacklevel=4
-                    )
+                    message = f"{self.name} runs on the slow PyTorch reference ({why})"
+                    warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
                 return backend
             reasons[backend.name] = reason
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it does not implement the op"
@@ -270,6 +270,14 @@ class Op:
         if backend.name == "triton" and interpreting_triton() and floating is torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly"
         return backend.refuses(*args) if backend.refuses else None
+
+
+def _callers_level() -> int:
+    """The `stacklevel` that makes a warning of the asking function point outside torch and this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torch_kernels"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _is_index(argument: Any) -> bool:

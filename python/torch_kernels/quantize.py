@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from torch_kernels import _checks
 from torch_kernels.calibrate import Calibration
@@ -59,6 +58,8 @@ def quantize_(
 
     Prints what that saved, and shows a progress bar on a terminal.
     """
+    from tqdm import tqdm  # here, so that the package imports without it
+
     if bits not in _MAKERS:
         _checks.fail("quantize_", "bits", " or ".join(map(str, _MAKERS)), bits)
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}

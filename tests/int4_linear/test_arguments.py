@@ -82,8 +82,8 @@ WRONG: list[tuple[str, int, str, Any, str]] = [
         (3, "perm", lambda x: x[None], "perm must be"),
         (3, "perm", longer, "perm must be as long as a multiple of group_size"),
         (3, "perm", None, "weight|scales"),
-        (3, "perm", put(50, 3), r"perm must be columns 0\.\.49, or -1, got 50"),
-        (3, "perm", put(-2, 3), r"perm must be columns 0\.\.49, or -1, got -2"))],
+        (3, "perm", put(50, 3), r"perm\[3\] must be in \[-1, 50\), got 50"),
+        (3, "perm", put(-2, 3), r"perm\[3\] must be in \[-1, 50\), got -2"))],
 ]  # fmt: skip
 
 

@@ -42,8 +42,8 @@ def check(backend: Backend, case: Case, mode: str = "exact") -> None:
     assert_accurate("dx", dx, truth, *plain, floor=floor)
     if call.bias is not None:
         assert dbias.dtype == call.bias.dtype
-        true_dbias = grad.double().reshape(-1, case.out_features).sum(0)
-        assert_accurate("dbias", dbias, true_dbias, grad.float().reshape(-1, case.out_features).sum(0))
+        rows = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)
+        assert_accurate("dbias", dbias, rows.double().sum(0), rows.float().sum(0))
 
 
 @for_all(data=st.data())
@@ -84,7 +84,7 @@ def test_rounded_rows_pass_the_gradient_straight_through(backend: Backend) -> No
 
 def test_a_row_does_not_depend_on_the_others(backend: Backend) -> None:
     counts = (1, 5, 9) if backend.slow else (1, 2, 5, 16, 33, 70)
-    for dtype in dtypes(backend):
+    for dtype in dtypes(backend)[-1:] if backend.slow else dtypes(backend):
         call = make(Case(rows=(max(counts),), out_features=70, zeros="int", dtype=dtype), backend.device)
         grad = torch.randn(max(counts), 70, generator=torch.Generator().manual_seed(0)).to(call.x)
         whole, _ = gradients(backend, call, grad)

@@ -296,9 +296,8 @@ def test_wrong_options_change_nothing(options: dict[str, Any], message: str) -> 
 def test_training_around_quantised_layers() -> None:
     """As with adapters: what lies before and after learns, the 4-bit weight does not."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(16, 32), quantize_(nn.Sequential(nn.Linear(32, 32)), group_size=16), nn.Linear(32, 1)
-    )
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 1))
+    quantize_(model, group_size=16, filter=lambda name, layer: name == "1")
     frozen = model[1].weight
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     data = torch.randn(64, 16)
@@ -309,10 +308,19 @@ def test_training_around_quantised_layers() -> None:
         loss = (model(data) - target).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     assert_same(model[1].weight, frozen)
     assert isinstance(frozen, Int4Weight)
+
+
+def test_functional_linear_takes_the_weight() -> None:
+    call = make(Case(zeros="int", bias="same"))
+    expected = torch_kernels.int4_linear(call.x, call.weight, call.bias)
+    assert_bitwise("out", nn.functional.linear(call.x, call.weight, call.bias), expected)
+    assert_bitwise("out", nn.functional.linear(call.x, weight=call.weight, bias=call.bias), expected)
+    with pytest.raises(TypeError):
+        torch.matmul(call.x, call.weight)
 
 
 def test_encoder_layer_in_evaluation() -> None:

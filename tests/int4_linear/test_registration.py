@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch_kernels
 from torch import Tensor, nn
+from torch_kernels import _registry
 from torch_kernels.nn import Int4Linear
 
 from ..backends import Backend
@@ -52,6 +53,17 @@ def test_arguments_may_be_left_out(any_backend: Backend) -> None:
     assert_bitwise("out", any_backend("int4_linear", *short, **keywords), expected)
     by_name = any_backend("int4_linear", **positional, **keywords, mode="exact")
     assert_bitwise("out", by_name, expected)
+
+
+def test_many_rows_go_to_triton_in_mode_fast_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "_unavailable", lambda name, device: "not here" if name == "cpu" else None)
+    for rows, mode, expected in ((64, "fast", "cuda"), (65, "fast", "triton"), (65, "exact", "cuda")):
+        call = make(Case(rows=(rows,)))
+        packed = call.weight.pack("gpu")
+        arguments = (call.x, *packed[:4], None, 40, packed.group_size, mode)
+        assert _registry.OPS["int4_linear"].backend_for(*arguments).name == expected
+        with torch_kernels.use_backend("cuda"):
+            assert _registry.OPS["int4_linear"].backend_for(*arguments).name == "cuda"
 
 
 # ---- compilation ----

@@ -44,10 +44,10 @@ def gptq(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, g_idx: Tensor |
         zeros = _nibbles(qzeros).flatten(1)[:, : dims["N"]]
         if version == 1:
             zeros = (zeros + 1) & 15  # stored as z - 1 per nibble: 15 stands for 0
+    if g_idx is not None:
+        _tensors(name, _checks.INDEX, dims, g_idx=(g_idx, "K"))
     if g_idx is None or dims["G"] == 1:
         return Values(q, scales, zeros, None, _group_size(name, dims))
-    _checks.is_tensor(name, g_idx=g_idx)
-    _checks.shape(name, dims, g_idx=(g_idx, "K"))
     # Groups may have any length; the smallest allowed one that could hold them all stands for them.
     size = next((s for s in GROUP_SIZES[1:] if s * dims["G"] >= dims["K"]), GROUP_SIZES[-1])
     natural = torch.arange(dims["K"], device=g_idx.device) // size

@@ -52,16 +52,18 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def row_block(rows: int, largest: int) -> int:
-    """The number of rows in a tile for which all tiles together cost least, counting unpacking."""
-    sizes = [size for size in (16, 32, 64, 128) if size <= largest]
+def row_block(rows: int, largest: int = 64) -> int:
+    """The number of rows in a tile for which all tiles together cost least, counting unpacking. Tiles of 128 rows spill
+    registers."""
+    sizes = [size for size in (16, 32, 64) if size <= largest]
     return min(sizes, key=lambda size: (_ceil_div(rows, size) * (size + UNPACK_ROWS), size))
 
 
 def step_columns(group_size: int, element_size: int) -> int:
-    """Columns whose sum takes one scale: at most a group. Integer products are of at least 32, which hold two groups
-    of 16."""
-    return max(min(group_size, 128) if group_size > 0 else 128, 32 if element_size == 1 else 16)
+    """Columns whose sum takes one scale: at most a group, and few enough for the registers. Integer products are of at
+    least 32, which hold two groups of 16."""
+    most, least = {1: (128, 32), 2: (128, 16), 4: (32, 16)}[element_size]
+    return max(min(group_size, most) if group_size > 0 else most, least)
 
 
 def split_size(features: int, columns: int, step: int, programs: int = 1) -> int:
@@ -83,23 +85,23 @@ def _stages(bytes_per_step: int, arch: str) -> int:
 
 
 def forward_plan(
-    rows: int, features: int, columns: int, group_size: int, element_size: int, mode: str, arch: str, multiprocessors: int
+    rows: int, features: int, columns: int, group_size: int, element_size: int, mode: str, arch: str,
+    multiprocessors: int,
 ) -> Plan:  # fmt: skip
     """Of the fused kernel; element_size is that of the activations in the product, 1 in mode a8."""
     step = step_columns(group_size, element_size)
     least = 128  # so that a split holds whole steps of every group size
     split = split_size(features, columns, least)
-    largest = 64 if element_size == 4 or split < columns else 128
-    block_m = row_block(rows, largest)
+    block_m = row_block(rows, 16 if element_size == 4 else 64)
     # Wide tiles share a row of x among more output features; narrow ones give few rows more programs.
-    block_n = 128 if block_m >= 64 and element_size < 4 else 64
-    block_k = min(step, 32 if element_size == 4 else 64)
+    block_n = 32 if element_size == 4 else 128 if block_m == 64 else 64
+    block_k = min(step, 16 if element_size == 4 else 64)
     tiles = _ceil_div(rows, block_m) * _ceil_div(features, block_n)
     if mode == "fast":
         split = split_size(features, columns, least, _ceil_div(rows, block_m))
     splits = _ceil_div(columns, split)
     stages = _stages(step * (block_m * element_size + block_n // 2), arch)
-    tile = Tile(block_m, block_n, block_k, 8 if block_m >= 64 else 4, stages)
+    tile = Tile(block_m, block_n, block_k, 8 if block_m == 64 else 4, stages)
     return Plan(tile, step, split, splits, splits > 1 and tiles >= multiprocessors)
 
 
@@ -108,10 +110,10 @@ def backward_plan(rows: int, features: int, columns: int, element_size: int, arc
     block_n, block_k = (32, 64) if element_size == 4 else (64, 64)
     split = split_size(columns, features, block_n)
     splits = _ceil_div(features, split)
-    block_m = row_block(rows, 64 if element_size == 4 or splits > 1 else 128)
+    block_m = row_block(rows)
     tiles = _ceil_div(rows, block_m) * _ceil_div(columns, block_k)
     stages = _stages(block_n * (block_m * element_size + block_k // 2), arch)
-    tile = Tile(block_m, block_n, block_k, 8 if block_m == 128 else 4, stages)
+    tile = Tile(block_m, block_n, block_k, 8 if block_m == 64 else 4, stages)
     return Plan(tile, block_n, split, splits, splits > 1 and tiles >= multiprocessors)
 
 

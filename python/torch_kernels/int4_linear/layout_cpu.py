@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU's layout of int4 weights: blocks of 64 output features, each a stream along the input features.
 
-A weight is [blocks, spans, 4096] bytes. A span is 128 columns; each of its octets of columns takes 256 bytes, 4 for every
-feature of the block in order. csrc/cpu/nibbles.h says what the order of the columns within the 4 bytes is good for.
+A weight is [blocks, spans, 4096] bytes. A span is 128 columns; each of its octets of columns takes 256 bytes, 4 for
+every feature of the block in order. csrc/cpu/nibbles.h says what the order of columns within the 4 bytes is good for.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Two layouts of the packed weight exist, one for the CPU kernels (uint8) and one 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_kernels import _checks
+from torch_kernels import _checks, _native, _registry
 from torch_kernels._registry import Backend, Op, native, rows
-from torch_kernels.int4_linear import layout_cpu, layout_gpu, reference
+from torch_kernels.int4_linear import heuristics, layout_cpu, layout_gpu, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
@@ -36,6 +37,14 @@ def _takes(dtype: torch.dtype, layout: str) -> Callable[..., str | None]:
     return refuses
 
 
+def _leaves_many_rows(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    """For the CUDA kernels: in mode fast, Triton's serve many rows unless a backend is forced."""
+    free = _registry._State.forced is None and _registry.triton_version() is not None
+    if free and heuristics.prefers_triton(math.prod(x.shape[:-1]), mode=rest[-1]):
+        return "Triton's kernel is faster for so many rows"
+    return _takes(torch.int32, "gpu")(x, weight)
+
+
 def _backends(name: str) -> tuple[Backend, ...]:
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.int4_linear.triton_kernels"), name)
@@ -43,7 +52,7 @@ def _backends(name: str) -> tuple[Backend, ...]:
     cpu, gpu = _takes(torch.uint8, "cpu"), _takes(torch.int32, "gpu")
     return (
         Backend("cpu", native("cpu", name), DTYPES, rows, cpu),
-        Backend("cuda", native("cuda", name), DTYPES, rows, gpu),
+        Backend("cuda", native("cuda", name), DTYPES, rows, _leaves_many_rows if name == "int4_linear" else gpu),
         Backend("triton", triton, DTYPES, rows, gpu),
         Backend("emulator", native("emulator", name), DTYPES, rows, gpu),
         Backend("reference", lambda: getattr(reference, name), DTYPES),
@@ -94,14 +103,6 @@ def _check_rows(op: str, **tensor: Tensor) -> None:
         _checks.fail(op, name, "[..., features]", "a tensor without dimensions")
 
 
-def _validate_perm(op: str, perm: Tensor | None, in_features: int) -> None:
-    if perm is None or not perm.numel():
-        return
-    low, high = (int(value) for value in perm.aminmax())
-    if low < -1 or high >= in_features:
-        _checks.fail(op, "perm", f"columns 0..{in_features - 1}, or -1", low if low < -1 else high)
-
-
 # ---- int4_linear ----
 
 
@@ -135,7 +136,7 @@ def _allocate_linear(
 
 
 def _validate_linear(op: str, x: Tensor, weight: Any, scales: Any, zeros: Any, perm: Tensor | None, *_: Any) -> None:
-    _validate_perm(op, perm, x.shape[-1])
+    _native.cpu.validate_perm(op, perm, x.shape[-1])
 
 
 int4_linear = _op(
@@ -166,7 +167,7 @@ def _allocate_backward(
 def _validate_backward(
     op: str, grad: Any, weight: Any, scales: Any, zeros: Any, perm: Tensor | None, in_features: int, *_: Any
 ) -> None:
-    _validate_perm(op, perm, in_features)
+    _native.cpu.validate_perm(op, perm, in_features)
 
 
 int4_linear_backward = _op(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks
-from torch_kernels.int4_linear import formats, packing
+from torch_kernels.int4_linear import autograd, formats, packing
 from torch_kernels.int4_linear.op import DTYPES, GROUP_SIZES, number_of_groups
 from torch_kernels.int4_linear.packing import Packed
 
@@ -300,7 +300,7 @@ class Int4Weight:
         """
         tensors = {"qweight": self.qweight, "scales": self.scales, "zeros": self.zeros, "g_idx": self.g_idx}
         ints = {"in_features": self.in_features, "group_size": self.group_size}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None} | ints
+        return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None} | ints
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any]) -> Int4Weight:
@@ -323,11 +323,9 @@ class Int4Weight:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """``torch.nn.functional.linear(x, w, bias)`` works; whatever else wants a dense weight learns that it is none."""
+        """``torch.nn.functional.linear(x, w, bias)`` works; torch's fused layers see that this is no dense tensor."""
         if function is torch.nn.functional.linear:
-            from torch_kernels.int4_linear import int4_linear
-
-            return int4_linear(*args, **(kwargs or {}))
+            return _linear(*args, **(kwargs or {}))
         return NotImplemented
 
     def __getstate__(self) -> dict[str, Any]:
@@ -340,6 +338,10 @@ class Int4Weight:
             f"group_size={self.group_size}, scales={str(self.scales.dtype).removeprefix('torch.')}, zeros={zeros}, "
             f"act_order={self.g_idx is not None}, device={str(self.device)!r})"
         )
+
+
+def _linear(input: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+    return autograd.linear(input, weight.pack(packing.layout_for(input.device)), bias, "exact")
 
 
 def _within(name: str, argument: str, values: Tensor | None, low: int, high: int) -> None:
@@ -355,8 +357,7 @@ def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
     if not grouped.numel():
         nothing = grouped.new_zeros(grouped.shape[:2], dtype=torch.float64)
         return nothing, nothing
-    low, high = grouped.aminmax(dim=-1)
-    return low.double().clamp(max=0), high.double().clamp(min=0)
+    return grouped.amin(-1).double().clamp(max=0), grouped.amax(-1).double().clamp(min=0)
 
 
 def _round_up(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,7 +36,7 @@ def _forward(name, arch, dtype, shape, group_size, *, sums=False, **given):
     if dtype == "*i8" or sums:
         pointers["row_sums"] = "*fp32"
     optional = ("row_scales", "row_sums", "zeros", "bias")
-    return _case(name, int4_linear_kernel, pointers, constants | {"STEP": plan.step}, optional, options)
+    return _case(name, int4_linear_kernel, pointers, constants | {"EVEN": True, "STEP": plan.step}, optional, options)
 
 
 def _backward(name, arch, dtype, shape, group_size, **given):
@@ -76,5 +76,5 @@ def aot_cases(arch: str):
         _backward("backward_fp16_g128_m1024_sequence", arch, "*fp16", (1024, 4096, 4096), 128),
         _backward("backward_fp32_g128_m1024", arch, "*fp32", (1024, 4096, 16384), 128),
         _case("sum_splits_bf16", sum_splits_kernel, partials, {"HAS_PERM": False, "BLOCK": SUM_BLOCK}, ("perm",), {}),
-        _case("dequantise_bf16_g128", dequantise_kernel, dense, {"GROUP": 128, "BLOCK_N": 64, "BLOCK_K": 128}, (), {}),
+        _case("dequantise_bf16_g128", dequantise_kernel, dense, {"GROUP": 128, "BLOCK_N": 64, "BLOCK_K": 64}, (), {}),
     ]

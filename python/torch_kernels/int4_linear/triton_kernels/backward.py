@@ -43,8 +43,8 @@ def _sum_features(
     sums = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     for start in range(begin, end, BLOCK_N):
         feature = start + offset
-        tile, in_tile = word_offsets(start, tiles_n, tile_stride, BLOCK_N, BLOCK_K)
-        words = load_words(weight, tile, in_tile, first, tile_stride, BLOCK_K)
+        tiles, place = word_offsets(start, tiles_n, tile_stride, BLOCK_N, BLOCK_K)
+        words = load_words(weight, tiles, place, first, BLOCK_K)
         w = unpack(words, None, dtype, BLOCK_N, BLOCK_K).to(tl.float32)
         if zeros is not None:
             w -= _by_group(zeros, first, feature, groups, features, GROUP, BLOCK_K)
@@ -55,10 +55,10 @@ def _sum_features(
     return sums
 
 
-@triton.jit(do_not_specialize=["rows", "split_features"])
+@triton.jit(do_not_specialize=["rows", "split_steps"])
 def int4_linear_backward_kernel(
     out, grad, weight, scales, zeros, perm, rows, features, columns, groups, in_features, tiles_n, grad_stride,
-    tile_stride, split_features,
+    tile_stride, split_steps,
     GROUP: tl.constexpr, SEQUENCE: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -69,15 +69,16 @@ def int4_linear_backward_kernel(
     row = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     if SEQUENCE:
         sums = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-        for begin in range(0, features, split_features):
+        for begin_steps in range(0, tl.cdiv(features, BLOCK_N), split_steps):
+            begin = begin_steps * BLOCK_N
             sums += _sum_features(
-                grad, weight, scales, zeros, first, begin, tl.minimum(begin + split_features, features), tiles_n,
+                grad, weight, scales, zeros, first, begin, tl.minimum(begin + split_steps * BLOCK_N, features), tiles_n,
                 tile_stride, features, groups, row, rows, grad_stride, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
-        begin = tl.program_id(1) * split_features
+        begin = tl.program_id(1) * split_steps * BLOCK_N
         sums = _sum_features(
-            grad, weight, scales, zeros, first, begin, tl.minimum(begin + split_features, features), tiles_n,
+            grad, weight, scales, zeros, first, begin, tl.minimum(begin + split_steps * BLOCK_N, features), tiles_n,
             tile_stride, features, groups, row, rows, grad_stride, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     column = first + tl.arange(0, BLOCK_K)
@@ -98,9 +99,9 @@ def int4_linear_backward(out, grad, weight, scales, zeros, perm, in_features, gr
     features = grad.shape[-1]
     if out.numel() == 0:
         return
-    rows_out, grad = out.view(-1, in_features), grad.reshape(-1, features)
+    rows, columns = out.numel() // in_features, in_features if perm is None else perm.shape[0]
+    rows_out, grad = out.view(rows, in_features), grad.reshape(rows, features)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    rows, columns = grad.shape[0], in_features if perm is None else perm.shape[0]
     if perm is not None or features == 0:
         rows_out.zero_()
     if features == 0 or columns == 0:
@@ -119,7 +120,7 @@ def int4_linear_backward(out, grad, weight, scales, zeros, perm, in_features, gr
             target = torch.empty(beside, rows, columns, dtype=torch.float32, device=grad.device)
         int4_linear_backward_kernel[(column_tiles * row_tiles, beside)](
             target, grad, weight, scales, zeros, perm, rows, features, columns, scales.shape[0], in_features,
-            weight.shape[0], grad.stride(0), weight.stride(0), plan.split,
+            weight.shape[0], grad.stride(0), weight.stride(0), plan.split // plan.step,
             GROUP=0 if group_size >= columns else max(group_size, 0), SEQUENCE=plan.sequence, PARTIAL=side_by_side,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
             num_stages=tile.num_stages, **launch_options(arch),

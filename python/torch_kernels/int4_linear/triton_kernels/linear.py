@@ -28,7 +28,7 @@ SUM_BLOCK = 512
 @triton.jit
 def _sum_columns(
     x, row_scales, row_sums, weight, scales, zeros, first, begin, end, tiles_n, tile_stride, features, groups, row,
-    rows, columns, x_stride, row_groups,
+    rows, columns, x_stride, row_groups, EVEN: tl.constexpr,
     GROUP: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_M] sum over columns begin .. end-1, in float32. GROUP = 0 is one group of all columns."""
@@ -39,7 +39,7 @@ def _sum_columns(
     PARTS: tl.constexpr = STEP // GROUP if 0 < GROUP and GROUP < STEP else 1
     feature = first + tl.arange(0, BLOCK_N)
     offset = tl.arange(0, BLOCK_K)
-    tile, in_tile = word_offsets(first, tiles_n, tile_stride, BLOCK_N, BLOCK_K)
+    tiles, place = word_offsets(first, tiles_n, tile_stride, BLOCK_N, BLOCK_K)
     x_rows = x + row[None, :].to(tl.int64) * x_stride
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(begin, end, STEP):
@@ -60,9 +60,14 @@ def _sum_columns(
             product = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if dtype == tl.int8 else tl.float32)
             for chunk in tl.static_range(STEP // BLOCK_K):
                 column = start + chunk * BLOCK_K
-                words = load_words(weight, tile, in_tile, column, tile_stride, BLOCK_K)
+                stored = column
+                if not EVEN:  # a step may go beyond the weight's last tile of columns
+                    stored = tl.multiple_of(tl.minimum(column, tile_stride // 4 - BLOCK_K), BLOCK_K)
+                words = load_words(weight, tiles, place, stored, BLOCK_K)
                 w = unpack(words, zero, dtype, BLOCK_N, BLOCK_K)
-                inside = (row < rows)[None, :] & (column + offset < columns)[:, None]
+                inside = (row < rows)[None, :]
+                if not EVEN:
+                    inside = inside & (column + offset < columns)[:, None]
                 values = tl.load(x_rows + (column + offset)[:, None], mask=inside, other=0)
                 if PARTS > 1:
                     values = tl.where((offset // GROUP == part)[:, None], values, 0).to(dtype)
@@ -86,32 +91,33 @@ def _sum_columns(
     return sums
 
 
-@triton.jit(do_not_specialize=["rows", "split_columns"])
+@triton.jit(do_not_specialize=["rows", "split_steps"])
 def int4_linear_kernel(
     out, x, row_scales, row_sums, weight, scales, zeros, bias, rows, features, columns, tiles_n, groups, x_stride,
-    tile_stride, row_groups, split_columns,
-    GROUP: tl.constexpr, SEQUENCE: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tile_stride, row_groups, split_steps,
+    EVEN: tl.constexpr, GROUP: tl.constexpr, SEQUENCE: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (feature tiles * row tiles, splits side by side). With several, out is [splits, rows, features] in float32.
-    SEQUENCE: the program sums all splits."""
+    SEQUENCE: the program sums all splits. EVEN: columns is a multiple of STEP."""
     feature_tiles = tl.cdiv(features, BLOCK_N)
     first = tl.program_id(0) % feature_tiles * BLOCK_N
     row = tl.program_id(0) // feature_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     if SEQUENCE:
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for begin in range(0, columns, split_columns):
+        for begin_steps in range(0, tl.cdiv(columns, STEP), split_steps):
+            begin = begin_steps * STEP
             sums += _sum_columns(
                 x, row_scales, row_sums, weight, scales, zeros, first, begin,
-                tl.minimum(begin + split_columns, columns), tiles_n, tile_stride, features, groups, row, rows,
-                columns, x_stride, row_groups, GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
+                tl.minimum(begin + split_steps * STEP, columns), tiles_n, tile_stride, features, groups, row, rows,
+                columns, x_stride, row_groups, EVEN, GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
-        begin = tl.program_id(1) * split_columns
+        begin = tl.program_id(1) * split_steps * STEP
         sums = _sum_columns(
-            x, row_scales, row_sums, weight, scales, zeros, first, begin, tl.minimum(begin + split_columns, columns),
-            tiles_n, tile_stride, features, groups, row, rows, columns, x_stride, row_groups,
-            GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
+            x, row_scales, row_sums, weight, scales, zeros, first, begin,
+            tl.minimum(begin + split_steps * STEP, columns), tiles_n, tile_stride, features, groups, row, rows,
+            columns, x_stride, row_groups, EVEN, GROUP, STEP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     feature = first + tl.arange(0, BLOCK_N)
     if bias is not None:
@@ -152,8 +158,8 @@ def dequantise_kernel(
     first = first_feature + start
     feature = first + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_K
-    tile, in_tile = word_offsets(first, tiles_n, tile_stride, BLOCK_N, BLOCK_K)
-    words = load_words(weight, tile, in_tile, column, tile_stride, BLOCK_K)
+    tiles, place = word_offsets(first, tiles_n, tile_stride, BLOCK_N, BLOCK_K)
+    words = load_words(weight, tiles, place, column, BLOCK_K)
     group = 0
     if GROUP > 0:
         group = column // GROUP
@@ -184,7 +190,7 @@ def _dense(out, x, weight, scales, zeros, bias, group_size):
     chunk = min(max(DENSE_WORKSPACE_BYTES // (2 * columns) // 128, 1) * 128, features)
     workspace = torch.empty(chunk, columns, dtype=x.dtype, device=x.device)
     tiles_n, tile_stride = weight.shape[0], weight.stride(0)
-    step = heuristics.step_columns(group_size, 2)
+    step = min(heuristics.step_columns(group_size, 2), 64)
     for first in range(0, features, chunk):
         count = min(chunk, features - first)
         dequantise_kernel[(triton.cdiv(count, 64), triton.cdiv(columns, step))](
@@ -201,9 +207,10 @@ def _dense(out, x, weight, scales, zeros, bias, group_size):
 def int4_linear(out, x, weight, scales, zeros, perm, bias, out_features, group_size, mode):
     if out.numel() == 0:
         return
-    rows_out, x = out.view(-1, out_features), x.reshape(-1, x.shape[-1])
+    rows, in_features = out.numel() // out_features, x.shape[-1]
+    rows_out, x = out.view(rows, out_features), x.reshape(rows, in_features)
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows, packed_columns = x.shape[0], x.shape[1] if perm is None else perm.shape[0]
+    packed_columns = in_features if perm is None else perm.shape[0]
     if packed_columns == 0:
         rows_out.copy_(torch.zeros(()) if bias is None else bias)
         return
@@ -238,9 +245,10 @@ def _fused(out, x, row_scales, row_sums, weight, scales, zeros, bias, group_size
     int4_linear_kernel[(feature_tiles * row_tiles, beside)](
         target, x, row_scales, row_sums, weight, scales, zeros, None if side_by_side else bias, rows, features,
         x.shape[1], weight.shape[0], scales.shape[0], x.stride(0), weight.stride(0),
-        0 if row_sums is None else row_sums.shape[1], plan.split,
-        GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
+        0 if row_sums is None else row_sums.shape[1], plan.split // plan.step,
+        EVEN=x.shape[1] % plan.step == 0, GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
     )  # fmt: skip
     if side_by_side:
         sum_splits_kernel[(rows, triton.cdiv(features, SUM_BLOCK))](
