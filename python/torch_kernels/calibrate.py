@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from torch_kernels import _checks
 from torch_kernels.int8_linear import autograd, rotation
@@ -61,6 +60,8 @@ def calibrate(
 
     Xiao et al., *SmoothQuant*, arXiv 2211.10438; rotation before smoothing: *QuantVGGT*, arXiv 2509.21302.
     """
+    from tqdm import tqdm  # here, so that the package imports without it
+
     if alpha is not None and not 0 <= alpha <= 1:
         _checks.fail("calibrate", "alpha", "None, or from 0 to 1", alpha)
     layers = {

@@ -173,10 +173,11 @@ def test_layer_round_trips_through_state_dict(any_backend: Backend, options: dic
         assert_bitwise("y", copy.deepcopy(layer)(x), layer(x))
 
 
-def test_a_layer_is_loaded_without_a_dense_weight(any_backend: Backend) -> None:
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_layer_is_loaded_without_a_dense_weight(any_backend: Backend, rotate: bool) -> None:
     with torch_kernels.use_backend(any_backend.name), torch.no_grad():
-        layer = Int8Linear.from_linear(nn.Linear(48, 21).to(any_backend.device))
-        empty = Int8Linear.from_linear(nn.Linear(48, 21, device="meta"))
+        layer = Int8Linear.from_linear(nn.Linear(48, 21).to(any_backend.device), rotate=rotate)
+        empty = Int8Linear.from_linear(nn.Linear(48, 21, device="meta"), rotate=rotate)
         empty.load_state_dict(layer.state_dict(), assign=True)
         x = normal(0, 2, 48).to(any_backend.device)
         assert_bitwise("y", empty(x), layer(x))
