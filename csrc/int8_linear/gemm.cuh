@@ -34,6 +34,37 @@ struct Int8Rows {
   }
 };
 
+// One thread's part in copying a tile of 128 columns, stage after stage: 16 columns of every 32nd row.
+struct TileCopy {
+  const char* from;
+  int64_t step;  // bytes from row to row
+  int count;     // rows that exist
+  int columns;   // that exist, from the first of these on
+  int width;
+
+  DEVICE TileCopy(const Int8Rows& matrix, int64_t row, int column, int64_t all_columns)
+      : from(reinterpret_cast<const char*>(matrix.data) + (row < matrix.rows ? row * matrix.stride + column : 0)),
+        step(matrix.stride * 32),
+        count(int(max(min((matrix.rows - row + 31) / 32, int64_t(4)), int64_t(0)))),
+        columns(int(all_columns) - column),
+        width(matrix.width) {}
+
+  // Zeros where there are no elements; no address is formed for rows that do not exist.
+  template <int kRows>
+  DEVICE void copy(char* to, int stage) const {
+    int skipped = stage * kInt8Depth, valid = max(min(columns - skipped, 16), 0);
+    if (width == 16) {
+#pragma unroll
+      for (int i = 0; i < kRows; i++)
+        ptx::cp_async_16(to + i * 32 * kInt8Depth, from + skipped + (i < count ? i * step : 0), i < count ? valid : 0);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRows; i++)
+        copy_chunk(to + i * 32 * kInt8Depth, from + skipped + (i < count ? i * step : 0), i < count ? valid : 0, width);
+    }
+  }
+};
+
 struct Int8Product {
   Int8Rows x, weight;
   int64_t columns;
@@ -54,43 +85,26 @@ struct Int8Tile {
   char* const shared = dynamic_shared();
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp_m = thread / 32 / kWarpsN, warp_n = thread / 32 % kWarpsN;
-  int tile, split;
-  int64_t row0, feature0;
+  // Blocks that share features are neighbours, so that the weight comes from memory once.
+  const int row_tile = blockIdx.x % p.plan.row_tiles, rest = blockIdx.x / p.plan.row_tiles;
+  const int split = rest % p.plan.splits, feature_tile = rest / p.plan.splits;
+  const int tile = feature_tile * p.plan.row_tiles + row_tile;
+  const int64_t row0 = int64_t(row_tile) * kRowTile, feature0 = int64_t(feature_tile) * kInt8FeatureTile;
+  const TileCopy x_copy{p.x, row0 + thread / 8, thread % 8 * 16, p.columns};
+  const TileCopy weight_copy{p.weight, feature0 + feature_of(thread / 8), thread % 8 * 16, p.columns};
   // Of sixteen rows and sixteen features; then half h holds rows lane / 4 + 8 h and features lane % 4 * 4 + 0 .. 3.
   int sums[kRowSixteens][kSixteens][2][4] = {};
 
-  // Blocks that share features are neighbours, so that the weight comes from memory once.
-  DEVICE explicit Int8Tile(const Int8Product& product) : p(product) {
-    int64_t block = blockIdx.x;
-    int row_tile = int(block % p.plan.row_tiles);
-    block /= p.plan.row_tiles;
-    split = int(block % p.plan.splits);
-    int feature_tile = int(block / p.plan.splits);
-    tile = feature_tile * p.plan.row_tiles + row_tile;
-    row0 = int64_t(row_tile) * kRowTile, feature0 = int64_t(feature_tile) * kInt8FeatureTile;
-  }
+  DEVICE explicit Int8Tile(const Int8Product& product) : p(product) {}
 
   // The row of the tile in shared memory that holds a feature is such that the two mma of sixteen features give a lane
   // four adjacent ones.
   static DEVICE int feature_of(int slot) { return (slot & ~15) + slot % 8 / 2 * 4 + slot / 8 % 2 * 2 + slot % 2; }
 
   DEVICE void copy_stage(int stage, int buffer) {
-    char* to = shared + buffer * kStageBytes;
-    int64_t column = int64_t(stage) * kInt8Depth + thread % 8 * 16;
-    auto copy = [&](char* tile, const Int8Rows& from, int slot, int64_t row, int64_t column) {
-      from.copy_chunk(tile + swizzled<kInt8Depth>(slot, thread % 8), row, column, p.columns);
-    };
-#pragma unroll
-    for (int i = 0; i < (kRowTile + 31) / 32; i++) {
-      int slot = thread / 8 + i * 32;
-      if (kRowTile % 32 == 0 || slot < kRowTile) copy(to, p.x, slot, row0 + slot, column);
-    }
-    to += kRowTile * kInt8Depth;
-#pragma unroll
-    for (int i = 0; i < kInt8FeatureTile / 32; i++) {
-      int slot = thread / 8 + i * 32;
-      copy(to, p.weight, slot, feature0 + feature_of(slot), column);
-    }
+    char* to = shared + buffer * kStageBytes + swizzled<kInt8Depth>(thread / 8, thread % 8);
+    if (kRowTile >= 32 || thread < kRowTile * 8) x_copy.template copy<(kRowTile + 31) / 32>(to, stage);
+    weight_copy.template copy<kInt8FeatureTile / 32>(to + kRowTile * kInt8Depth, stage);
   }
 
   DEVICE void multiply(const char* stage) {
