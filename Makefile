@@ -17,6 +17,7 @@ test: build lint  ## the whole suite
 bench: build  ## the benchmarks of every op, written to bench/results/<machine>/
 	$(RUN) bench/overhead.py --json
 	$(RUN) bench/tree_attention.py --json --plot
+	$(RUN) bench/int4_linear.py --json --plot
 
 gpu: $(VENV)/ready  ## everything worth doing on a GPU: build, tests, sanitizers, benchmarks
 	$(RUN) scripts/gpu.py

@@ -30,10 +30,16 @@ class Backend:
 
     def __call__(self, op: str, *args: Any, **kwargs: Any) -> Any:
         """Calls ``torch.ops.kernels.<op>`` on this backend; the emulator changes its schedule from call to call."""
+        with self.forced():
+            return getattr(torch.ops.kernels, op)(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
+        """Within the context every call runs on this backend."""
         if self.name == "emulator":
             _native.emulator().set_seed(next(_schedules))
         with torch_kernels.use_backend(self.name):
-            return getattr(torch.ops.kernels, op)(*args, **kwargs)
+            yield
 
 
 ON_CPU = (

@@ -121,8 +121,9 @@ def test_slow_path_warns_once_per_signature(op: _registry.Op, monkeypatch: pytes
         assert_bitwise("mask", mask(), expected)
         mask()
     assert len(caught) == 1
-    with pytest.warns(torch_kernels.SlowPathWarning):
+    with pytest.warns(torch_kernels.SlowPathWarning) as raw:
         torch.ops.kernels.tree_mask(PARENTS[:, :2])
+    assert {warning.filename for warning in (*caught, *raw)} == {__file__}
 
 
 def test_slow_path_names_the_dtype_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +247,57 @@ def test_signatures_are_equal_exactly_when_calls_look_alike(a: tuple[list, list]
     dispatcher.call(*a[0])
     dispatcher.call(*b[0])
     assert len(dispatcher) == (1 if a[1] == b[1] else 2)
+
+
+def test_arguments_left_out_get_their_defaults() -> None:
+    """torch leaves out the last positional arguments where they equal their default, and any by keyword."""
+    seen: list[tuple[Any, ...]] = []
+    plan = (lambda *args: seen.append(args), None, None)
+    dispatcher = _native.cpu.Dispatcher({"mode": "exact", "scale": None}, lambda args: plan, (None, None, 7))
+    dispatcher.call(1, 2)
+    dispatcher.call(1, 2, 3, scale=0.5)
+    assert seen == [(1, 2, 7, "exact", None), (1, 2, 3, "exact", 0.5)]
+
+
+class TestLayouts:
+    """What a kernel takes as it is, and what it gets a copy of."""
+
+    def test_rows(self) -> None:
+        x = torch.zeros(4, 6, 8)
+        for taken in (x, x[:, :, :5], x[:, 2:3], x[1], x[:, 0], x[0, 0], x[:0], x[:1].expand(4, 6, 8)[:, 0]):
+            assert _registry.rows(0, taken)
+        for copied in (x[:, :3], x[..., ::2], x.transpose(0, 1), x[:1].expand(4, 6, 8)):
+            assert not _registry.rows(0, copied)
+        assert _registry.rows(1, x) and not _registry.rows(1, x[:, :, :5])
+
+    def test_unit_stride(self) -> None:
+        x = torch.zeros(4, 6, 8)
+        assert _registry.unit_stride(0, x.transpose(0, 1)) and _registry.unit_stride(0, x.mT[..., :1])
+        assert not _registry.unit_stride(0, x.mT)
+
+    def test_kernels_get_copies(self, op: _registry.Op, monkeypatch: pytest.MonkeyPatch) -> None:
+        got: list[Tensor] = []
+
+        def load() -> Callable[..., Any]:
+            return lambda out, parents: got.append(parents)
+
+        backend = next(b for b in op.backends if b.name == "cpu")
+        monkeypatch.setattr(op, "backends", [replace(backend, load=load, accepts=_registry.rows)])
+        parents = PARENTS.repeat(2, 1)
+        for laid_out in (parents, parents[:, ::2][:, :1], parents.T.contiguous().T):
+            torch.ops.kernels.tree_mask(laid_out)
+            assert _registry.rows(0, got[-1]) and torch.equal(got[-1], laid_out)
+
+
+def test_a_backend_may_refuse_arguments(op: _registry.Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(parents: Tensor) -> str | None:
+        return "it takes four nodes" if parents.shape[1] != 4 else None
+
+    backends = [replace(b, refuses=refuses) if b.name == "cpu" else b for b in op.backends]
+    monkeypatch.setattr(op, "backends", backends)
+    assert op.backend_for(PARENTS).name == "cpu"
+    with torch_kernels.use_backend("cpu"), pytest.raises(ValueError, match="cpu: it takes four nodes"):
+        op.backend_for(PARENTS[:, :3])
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)

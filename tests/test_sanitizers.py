@@ -134,14 +134,16 @@ def test_a_planted_fault_is_reported(path: Path, backend: str, fault: str) -> No
     assert fault in result.stderr and "tree_structure" in result.stderr, result.stderr
 
 
-# What adds nothing here: opcheck and torch.compile never reach other code in a kernel.
-LEFT_OUT = ("arguments", "registration")
+# What adds nothing here: tests of Python code, and opcheck and torch.compile, which never reach other code in a kernel.
+LEFT_OUT = ("arguments", "formats", "heuristics", "module", "registration", "weight")
+FAMILIES = sorted(folder.name for folder in (ROOT / "csrc").iterdir() if (folder / "kernels.h").exists())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_suite(path: Path, backend: str) -> None:
-    ignored = [f"--ignore=tests/tree_attention/test_{name}.py" for name in LEFT_OUT]
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/tree_attention", *ignored]
+def test_suite(path: Path, backend: str, family: str) -> None:
+    ignored = [f"--ignore=tests/{family}/test_{name}.py" for name in LEFT_OUT]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{family}", *ignored]
     result = python(path, *command, TORCH_KERNELS_TEST_BACKENDS=backend)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     assert " passed" in result.stdout

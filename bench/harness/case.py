@@ -20,6 +20,16 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Cases of one series that differ in one number are drawn as lines over it."""
+
+    series: str
+    axis: str  # what x counts
+    x: float
+    baseline: str  # the peer whose time all are compared with
+
+
+@dataclass(frozen=True)
 class Case:
     name: str  # letters, digits and hyphens: it is a key in results and docs
     make_inputs: Callable[[int, str], Inputs]  # (seed, device)
@@ -29,12 +39,14 @@ class Case:
     dtype: torch.dtype  # of the arithmetic: picks the measured peak
     peers: Mapping[str, Prepare] = field(default_factory=dict)
     slow_peers: frozenset[str] = frozenset()  # run only when named: they compile for long
+    inexact_peers: frozenset[str] = frozenset()  # timed whatever their error: they compute something close by design
     truth: Callable[[Inputs], torch.Tensor] | None = None  # in float64; without it peers are compared with ours
     select: Callable[[Inputs, torch.Tensor], torch.Tensor] = lambda inputs, output: (
         output
     )  # the elements that have a meaning
     tolerance: float | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    curve: Curve | None = None  # else the case is a group of bars
 
     def allowed_error(self) -> float:
         return TOLERANCE.get(self.dtype, 0.0) if self.tolerance is None else self.tolerance

@@ -8,7 +8,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -157,7 +157,7 @@ def _check(
         except Exception as failure:  # a peer that is not installed, does not support the case or does not fit
             refused[name] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             continue
-        if wrong <= case.allowed_error():
+        if wrong <= case.allowed_error() or name in case.inexact_peers:
             errors[name] = wrong
         else:
             refused[name] = f"wrong: error {wrong:.2g}, allowed {case.allowed_error():.2g}"
@@ -178,7 +178,7 @@ def _judge(case: Case, result: dict, ceilings: Ceilings) -> dict:
         "rate": work / median,
         "rate_unit": unit,
         "allowed_error": case.allowed_error(),
-    }
+    } | ({"curve": asdict(case.curve)} if case.curve else {})
 
 
 def _peers_of(case: Case, settings: Settings) -> list[str]:

@@ -2,6 +2,7 @@
 // What torch calls for an op. A call whose signature (dtypes, devices, sizes and strides of all tensors, values of all
 // other arguments) has been seen before runs from a remembered plan: its checks and its backend are known. Any other
 // goes to `prepare` in _registry.py, which makes one.
+#include <algorithm>
 #include <memory>
 #include <unordered_map>
 
@@ -27,9 +28,11 @@ struct Plan {
 class Dispatcher {
  public:
   // defaults: of the keyword arguments, in schema order. prepare(arguments) returns a plan's kernel, validate and
-  // layouts (None: the kernel returns the results).
-  Dispatcher(nb::dict defaults, nb::object prepare) : prepare_(std::move(prepare)) {
+  // layouts (None: the kernel returns the results). positional: the defaults of all other arguments, in schema order;
+  // what a required one has there is never used.
+  Dispatcher(nb::dict defaults, nb::object prepare, nb::tuple positional) : prepare_(std::move(prepare)) {
     for (auto [name, value] : defaults) defaults_.emplace_back(nb::borrow(name), nb::borrow(value));
+    for (nb::handle value : positional) positional_.push_back(nb::borrow(value));
   }
 
   nb::object call(nb::args args, nb::kwargs kwargs) {
@@ -60,11 +63,14 @@ class Dispatcher {
   size_t size() const { return plans_.size(); }
 
  private:
-  // torch leaves out keyword arguments that equal their default.
+  // torch leaves out arguments that equal their default: any by keyword, the last positional ones.
   nb::object in_schema_order(const nb::args& args, const nb::kwargs& kwargs) const {
-    nb::object all = checked(PyTuple_New(Py_ssize_t(args.size() + defaults_.size())));
+    size_t positional = std::max(args.size(), positional_.size());
+    nb::object all = checked(PyTuple_New(Py_ssize_t(positional + defaults_.size())));
     Py_ssize_t i = 0;
     for (nb::handle argument : args) PyTuple_SET_ITEM(all.ptr(), i++, argument.inc_ref().ptr());
+    for (size_t left = args.size(); left < positional; left++)
+      PyTuple_SET_ITEM(all.ptr(), i++, positional_[left].inc_ref().ptr());
     for (auto& [name, value] : defaults_) {
       PyObject* given = PyDict_GetItem(kwargs.ptr(), name.ptr());
       PyTuple_SET_ITEM(all.ptr(), i++, nb::handle(given ? given : value.ptr()).inc_ref().ptr());
@@ -133,6 +139,7 @@ class Dispatcher {
   }
 
   std::vector<std::pair<nb::object, nb::object>> defaults_;
+  std::vector<nb::object> positional_;
   nb::object prepare_;
   size_t generation_ = 0;
   std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
@@ -142,7 +149,8 @@ class Dispatcher {
 
 void bind_dispatcher(nb::module_& module) {
   nb::class_<Dispatcher>(module, "Dispatcher")
-      .def(nb::init<nb::dict, nb::object>())
+      .def(nb::init<nb::dict, nb::object, nb::tuple>(), nb::arg("defaults"), nb::arg("prepare"),
+           nb::arg("positional") = nb::tuple())
       .def("call", &Dispatcher::call)
       .def("clear", &Dispatcher::clear)
       .def("__len__", &Dispatcher::size);

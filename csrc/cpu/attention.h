@@ -110,22 +110,25 @@ void gather(const RowSource& source, int heads, int64_t first, int count, int pa
 
 // Where the rows of a tile are, by key and head: in the cache itself, or copied.
 struct Tile {
-  const char* start[kKeyTile];  // of each run of `run` rows that are `stride` bytes apart
+  const char* start[kKeyTile];  // of each run of `run` rows, a power of two, that are `stride` bytes apart
   int64_t stride, next_head;
-  int run, count = 0;
+  int run, log2_run, count = 0;
 
-  const char* row(int key, int head) const { return start[key / run] + key % run * stride + head * next_head; }
+  const char* row(int key, int head) const {
+    return start[key >> log2_run] + (key & (run - 1)) * stride + head * next_head;
+  }
 
   void stay(const RowSource& source, int64_t first, int tile_count) {
     count = tile_count;
-    run = source.run();
+    run = source.run(), log2_run = std::countr_zero(unsigned(run));
     stride = source.tensor.stride[1] * source.element_size();
     next_head = source.tensor.stride[2] * source.element_size();
-    for (int key = 0; key < count; key += run) start[key / run] = source.address(first + key);
+    for (int key = 0; key < count; key += run) start[key >> log2_run] = source.address(first + key);
   }
   void copied(const void* tiles, int64_t tile_stride, int tile_count) {
     count = tile_count;
-    run = kKeyTile, stride = tile_stride, next_head = kKeyTile * tile_stride;
+    run = kKeyTile, log2_run = std::countr_zero(unsigned(run)), stride = tile_stride,
+    next_head = kKeyTile * tile_stride;
     start[0] = static_cast<const char*>(tiles);
   }
 };
@@ -164,7 +167,11 @@ struct VisibleFrom {
   template <class Real>
   MaskOf<Real> lanes(int key, int row) const {
     MaskOf<Real> first;
-    for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
+    if constexpr (sizeof(Real) == sizeof *first_visible) {
+      std::memcpy(&first, first_visible + row, sizeof first);
+    } else {
+      for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
+    }
     return key >= first;
   }
 };

@@ -2,12 +2,15 @@
 // The Python module torch_kernels._cpu.
 #include "core/bind.h"
 #include "cpu/isa.h"
+#include "cpu/peaks.h"
 
 namespace torch_kernels {
 
 void bind_dispatcher(nb::module_& module);
 void bind_tree_attention(nb::module_& module);
 void bind_tree_validation(nb::module_& module);
+void bind_int4_linear(nb::module_& module);
+void bind_int4_validation(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -23,6 +26,20 @@ NB_MODULE(_cpu, module) {
   });
   module.def("instruction_set", [] { return cpu::instruction_sets()[cpu::selected_index()].name; });
   module.def("select_instruction_set", &cpu::select);
+  auto peak = [&](const char* name, void (*measure)(const PeakParams&, const Context&)) {
+    module.def(name, [measure] {
+      nb::gil_scoped_release unlocked;
+      double rate = 0;
+      measure({&rate, 0}, {});
+      return rate;
+    });
+  };
+  peak("peak_bandwidth", cpu::peak_bandwidth);
+  peak("peak_float32", cpu::peak_float32);
+  peak("peak_bfloat16", cpu::peak_bfloat16);
+  peak("peak_int8", cpu::peak_int8);
   bind_tree_attention(module);
   bind_tree_validation(module);
+  bind_int4_linear(module);
+  bind_int4_validation(module);
 }

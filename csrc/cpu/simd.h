@@ -159,6 +159,14 @@ inline void convert(const BFloat16* src, float* dst, int64_t n) {
   for (int64_t i = 0; i < n; i++) dst[i] = std::bit_cast<float>(uint32_t(src[i].bits) << 16);
 }
 
+template <>
+inline void convert(const float* src, BFloat16* dst, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits = std::bit_cast<uint32_t>(src[i]), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    dst[i].bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+  }
+}
+
 // int8 and e4m3 are exact in bfloat16: the upper half of their float.
 template <class From>
 inline void widen_to_bfloat16(const From* src, BFloat16* dst, int64_t n) {
@@ -180,6 +188,13 @@ inline void convert(const Half* src, float* dst, int64_t n) {
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
   for (; i < n; i++) dst[i] = to_float(src[i]);
+}
+template <>
+inline void convert(const float* src, Half* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), 0));
+  for (; i < n; i++) dst[i] = from_float<Half>(src[i]);
 }
 #endif
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // launch(kernel, grid, block, shared_bytes, stream, args...) starts a kernel or throws std::runtime_error that names
-// it. DeviceGuard makes a tensor's device current for a scope. g++ gets all of it from the emulator.
+// it; launch_early lets it overlap the kernel before it. DeviceGuard makes a tensor's device current for a scope. g++
+// gets all from the emulator.
 #pragma once
 #include <concepts>
 #include <source_location>
@@ -65,9 +66,26 @@ inline std::string kernel_name(const void* kernel, const Grid& grid) {
   throw std::runtime_error(text);
 }
 
+// early: whether blocks may be set up while the stream's previous kernel still runs.
+inline cudaError_t start_kernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+                                void* stream, bool early) {
+  int device = 0, major = 0;
+  if (early && cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (major < 9)
+    return cudaLaunchKernel(function, grid, block, arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, function, arguments);
+}
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* stream,
-            Arguments&&... arguments) {
+void launch_kernel(bool early, void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes,
+                   void* stream, Arguments&&... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
@@ -80,8 +98,7 @@ void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_
   cudaError_t error = std::apply(
       [&](auto&... value) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(std::addressof(value)))..., nullptr};
-        return cudaLaunchKernel(function, static_cast<dim3>(grid), block, pointers, shared_bytes,
-                                static_cast<cudaStream_t>(stream));
+        return start_kernel(function, static_cast<dim3>(grid), block, pointers, shared_bytes, stream, early);
       },
       values);
   if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function, grid));
@@ -114,8 +131,8 @@ class DeviceGuard {
 #else
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* /*stream*/,
-            Arguments&&... arguments) {
+void launch_kernel(bool /*early*/, void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes,
+                   void* /*stream*/, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   auto body = [&] { std::apply(kernel, values); };
@@ -134,5 +151,19 @@ class DeviceGuard {
 };
 
 #endif
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* stream,
+            Arguments&&... arguments) {
+  launch_kernel(false, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
+
+// For a kernel that calls ptx::wait_for_previous_kernel() before it reads or writes global memory: on sm_90 and later
+// it starts when all blocks of the stream's previous kernel have called ptx::let_next_kernel_start() or ended.
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* stream,
+                  Arguments&&... arguments) {
+  launch_kernel(true, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
 
 }  // namespace torch_kernels

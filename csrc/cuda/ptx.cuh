@@ -142,6 +142,13 @@ DEVICE void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
                : "memory");
 }
 
+// The transpose of an 8x8 tile of 16-bit elements that the warp holds as ldmatrix gives it.
+DEVICE unsigned transpose_8x8(unsigned tile) {
+  unsigned r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(tile));
+  return r;
+}
+
 // --- Tensor core products, d += a * b: a is row-major (m x k), b is column-major (k x n). ---
 
 DEVICE void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -203,6 +210,20 @@ DEVICE int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
 DEVICE void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// --- Kernels that follow one another in a stream: see launch_early(). Without effect before sm_90. ---
+
+// Until the previous kernel has ended and what it wrote is visible.
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // --- Global loads of 4, 8 or 16 bytes. `streaming` data is read once: it does not take up L1. ---

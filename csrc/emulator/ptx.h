@@ -62,6 +62,10 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, Site site = Sit
   emulator::ldmatrix<4, true>(r, row, "ldmatrix.x4.trans", site);
 }
 
+inline unsigned transpose_8x8(unsigned tile, Site site = Site::current()) {
+  return emulator::transpose_8x8(tile, "movmatrix.trans", site);
+}
+
 inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                              Site site = Site::current()) {
   emulator::mma_m16n8<emulator::F16>(d, a, b0, b1, "mma.m16n8k16.f16", site);
@@ -107,6 +111,9 @@ inline void barrier_sync(int id, int threads, Site site = Site::current()) {
 inline void barrier_arrive(int id, int threads, Site site = Site::current()) {
   emulator::block_barrier(id, threads, false, 0, "bar.arrive", site);
 }
+
+inline void wait_for_previous_kernel() {}  // kernels run one after another
+inline void let_next_kernel_start() {}
 
 template <class V>
 V load_aligned(const void* from, Site site) {

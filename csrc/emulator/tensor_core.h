@@ -147,4 +147,22 @@ void ldmatrix(unsigned* words, const void* row, const char* name, Site site) {
   warp_instruction(operand, run, name, site);
 }
 
+inline unsigned transpose_8x8(unsigned tile, const char* name, Site site) {
+  auto run = [](void* const* operands, unsigned) {
+    uint16_t elements[8][8];
+    for (int lane = 0; lane < 32; lane++)
+      for (int part = 0; part < 2; part++) {
+        Element e = fragment_8x8(lane, part);
+        elements[e.row][e.column] = uint16_t(*static_cast<unsigned*>(operands[lane]) >> 16 * part);
+      }
+    for (int lane = 0; lane < 32; lane++) {
+      Element low = fragment_8x8(lane, 0), high = fragment_8x8(lane, 1);
+      *static_cast<unsigned*>(operands[lane]) =
+          elements[low.column][low.row] | unsigned(elements[high.column][high.row]) << 16;
+    }
+  };
+  warp_instruction(tile, run, name, site);
+  return tile;
+}
+
 }  // namespace emulator

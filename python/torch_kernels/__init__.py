@@ -5,8 +5,10 @@ Every op exists twice under one name: as ``torch.ops.kernels.<op>`` and as ``tor
 documentation and, where the op has them, gradients.
 """
 
-from torch_kernels import trees
+from torch_kernels import nn, trees
 from torch_kernels._registry import SlowPathWarning, set_validation, use_backend
+from torch_kernels.int4_linear import Int4Weight, int4_linear
+from torch_kernels.quantize import quantize_
 from torch_kernels.tree_attention import (
     merge_attention_states,
     tree_attention,
@@ -22,8 +24,12 @@ from torch_kernels.tree_attention import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Int4Weight",
     "SlowPathWarning",
+    "int4_linear",
     "merge_attention_states",
+    "nn",
+    "quantize_",
     "set_validation",
     "tree_attention",
     "tree_commit_kv_",

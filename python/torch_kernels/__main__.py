@@ -21,7 +21,7 @@ def info() -> int:
     supported = ", ".join(_native.cpu.instruction_sets())
     print(f"CPU kernels: {_native.cpu.instruction_set()} (built and supported here: {supported})")
     cuda = _native.cuda()
-    print(f"CUDA kernels: {cuda.architectures.replace(';', ', ') if cuda else _native.cuda_missing()}")
+    print(f"CUDA kernels: {cuda.architectures if cuda else _native.cuda_missing()}")
     print()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,8 +80,23 @@ class Backend:
     name: str
     load: Callable[[], Callable[..., Any]]
     dtypes: tuple[torch.dtype, ...]
-    unit_stride: bool = False  # whether tensors must have last stride 1; others are copied
+    accepts: Callable[[int, Tensor], bool] | None = None  # says if argument i needs no copy
+    refuses: Callable[..., str | None] | None = None  # why it cannot serve these arguments, beyond their dtype
     note: str = ""  # for the support matrix
+
+
+def unit_stride(i: int, argument: Tensor) -> bool:
+    """For `Backend.accepts`: the last stride is 1."""
+    return argument.dim() == 0 or argument.shape[-1] <= 1 or argument.stride(-1) == 1
+
+
+def rows(i: int, argument: Tensor) -> bool:
+    """For `Backend.accepts`: the first tensor consists of rows at one distance, all others are contiguous."""
+    if i > 0:
+        return argument.is_contiguous()
+    leading = [(size, stride) for size, stride in zip(argument.shape[:-1], argument.stride()[:-1]) if size != 1]
+    one_distance = all(outer == size * inner for (_, outer), (size, inner) in zip(leading, leading[1:]))
+    return unit_stride(i, argument) and one_distance
 
 
 @functools.cache
@@ -131,7 +147,8 @@ class Op:
     ``check(*args)`` raises ValueError or TypeError; ``allocate(*args)`` makes the outputs (a tuple);
     ``validate(*args)`` raises if values inside index tensors are impossible. All three get every argument of the
     schema in order; ``validate`` is called for CPU tensors always, for CUDA under :func:`set_validation`, with index
-    tensors on the CPU.
+    tensors on the CPU. ``indices`` names these where not every integer tensor is one; a call without any is not
+    validated.
     """
 
     schema: str
@@ -139,6 +156,7 @@ class Op:
     allocate: Callable[..., tuple[Tensor, ...]]
     backends: Sequence[Backend]
     validate: Callable[..., None] | None = None
+    indices: Sequence[str] | None = None
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -148,7 +166,9 @@ class Op:
         self._names = [a.name for a in arguments]
         self._written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
         self._defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
-        self.dispatcher = _native.cpu.Dispatcher(self._defaults, self._prepare)
+        # torch leaves out the last positional arguments that equal their default, and any by keyword.
+        self._positional = tuple(a.default_value for a in arguments if not a.kwarg_only)
+        self.dispatcher = _native.cpu.Dispatcher(self._defaults, self._prepare, self._positional)
         for key in ("CPU", "CUDA"):
             _library.impl(self.name, self.dispatcher.call, key)
         # Nothing happens at the autograd level: inputs that want gradients are refused.
@@ -161,7 +181,7 @@ class Op:
         return self._overload(*args, **kwargs)
 
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
-        args = (*args, *(self._defaults | kwargs).values())
+        args = (*args, *self._positional[len(args) :], *(self._defaults | kwargs).values())
         self._refuse_gradients(args)
         self.check(*args)
         outputs = self.allocate(*args)
@@ -179,16 +199,28 @@ class Op:
         self._refuse_gradients(args)
         self.check(*args)
         backend = self.backend_for(*args)
-        validate = self.validate
-        if validate and args[0].device.type != "cpu":
-            on_cpu = validate
-            validate = (lambda *args: on_cpu(*map(_index_to_cpu, args))) if _State.validate else None
+        validate = self._validation(args)
         if backend.name == "reference":
             return backend.load(), validate, None
         kernel, outputs = backend.load(), self.allocate(*args)
-        if backend.unit_stride and (strided := [i for i, a in enumerate(args) if _is_strided(a)]):
-            kernel = self._with_copies(kernel, len(outputs), strided)
+        if accepts := backend.accepts:
+            strided = [i for i, a in enumerate(args) if isinstance(a, Tensor) and not accepts(i, a)]
+            if strided:
+                kernel = self._with_copies(kernel, len(outputs), strided)
         return kernel, validate, [(tuple(o.shape), o.stride(), o.dtype) for o in outputs]
+
+    def _validation(self, args: tuple[Any, ...]) -> Callable[..., None] | None:
+        """What looks at the values of index tensors in calls like this one."""
+        validate = self.validate
+        names = self._names if self.indices is None else self.indices
+        positions = [i for i, name in enumerate(self._names) if name in names and _is_index(args[i])]
+        if validate is None or not positions:
+            return None
+        if args[0].device.type == "cpu":
+            return validate
+        if not _State.validate:
+            return None
+        return lambda *args: validate(*(a.cpu() if i in positions else a for i, a in enumerate(args)))
 
     def _with_copies(self, kernel: Callable[..., Any], outputs: int, strided: list[int]) -> Callable[..., Any]:
         def run(*args: Any) -> None:
@@ -214,9 +246,8 @@ class Op:
             if reason is None:
                 if backend.name == "reference" and _State.forced is None:
                     why = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-                    warnings.warn(
-                        f"{self.name} runs on the slow PyTorch reference ({why})", SlowPathWarning, stacklevel=4
-                    )
+                    message = f"{self.name} runs on the slow PyTorch reference ({why})"
+                    warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
                 return backend
             reasons[backend.name] = reason
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it does not implement the op"
@@ -238,13 +269,16 @@ class Op:
             return f"no kernel for {str(floating).removeprefix('torch.')}"
         if backend.name == "triton" and interpreting_triton() and floating is torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly"
-        return None
+        return backend.refuses(*args) if backend.refuses else None
 
 
-def _is_strided(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.dim() > 0 and argument.shape[-1] > 1 and argument.stride(-1) != 1
+def _callers_level() -> int:
+    """The `stacklevel` that makes a warning of the asking function point outside torch and this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torch_kernels"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
-def _index_to_cpu(argument: Any) -> Any:
-    is_index = isinstance(argument, Tensor) and argument.dtype in (torch.int32, torch.int64)
-    return argument.cpu() if is_index else argument
+def _is_index(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dtype in (torch.int32, torch.int64)

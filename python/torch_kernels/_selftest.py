@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _registry
+from torch_kernels.int4_linear import selftest as int4_linear
 from torch_kernels.tree_attention import selftest as tree_attention
 
-FAMILIES = (tree_attention,)
+FAMILIES = (tree_attention, int4_linear)
 
 
 @dataclass(frozen=True)

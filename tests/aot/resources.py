@@ -143,14 +143,22 @@ def _demangle(name: str) -> str:
     return readable
 
 
+def _with_includes(source: pathlib.Path) -> set[pathlib.Path]:
+    """A source and the files of csrc that it includes, directly or not."""
+    found, new = set(), [source]
+    while new:
+        file = new.pop()
+        found.add(file)
+        names = re.findall(r'^ *# *include "(.+)"', file.read_text(), re.MULTILINE)
+        included = (folder / name for name in names for folder in (file.parent, ROOT / "csrc"))
+        new += [path for path in included if path.exists() and path not in found and "emulator" not in path.parts]
+    return found
+
+
 def cuda_sources() -> dict[str, str]:
-    """Every CUDA source as "op/file", with a hash of it and of the headers it may include."""
-    sources = {}
-    for source in sorted((ROOT / "csrc").glob("*/*.cu")):
-        folders = (ROOT / "csrc/core", ROOT / "csrc/cuda", source.parent)
-        headers = [path for folder in folders for kind in ("h", "cuh") for path in folder.glob(f"*.{kind}")]
-        sources[f"{source.parent.name}/{source.stem}"] = _contents([source, *headers])[:16]
-    return sources
+    """Every CUDA source as "op/file", with a hash of all that goes into it."""
+    sources = sorted((ROOT / "csrc").glob("*/*.cu"))
+    return {f"{source.parent.name}/{source.stem}": _contents(_with_includes(source))[:16] for source in sources}
 
 
 def _cuda_entries(label: str, source_hash: str, arch: str, version: str) -> list[dict]:

@@ -13,7 +13,7 @@ import pytest
 
 from . import resources
 
-# In some Triton kernels ptxas parks one 64-bit value on the stack, which is allowed; where in the kernel is not checked.
+# In some Triton kernels ptxas parks one 64-bit value on the stack, which is allowed; where in a kernel is not checked.
 PARKED_BYTES = 8
 PARKED_ACCESSES = 8
 
@@ -29,13 +29,14 @@ def _check_rules(entries):
 
 def _expected_mma(arch: str, rows: int, kind: str) -> str | None:
     """The tensor-core opcode of a product with so many rows; None where there is none (float32 is computed in full)."""
-    if kind not in ("f16", "bf16"):
+    if kind not in ("f16", "bf16", "i8"):
         return None
     if arch.startswith("gfx"):
         return "v_mfma"
+    short, hopper, blackwell = ("IMMA", "IGMMA", "UTCIMMA") if kind == "i8" else ("HMMA", "HGMMA", "UTCHMMA")
     if rows < 64:
-        return "HMMA"
-    return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA")
+        return short
+    return {"sm_90": hopper, "sm_100": blackwell}.get(arch, short)
 
 
 def _check_table(entries, committed):

@@ -386,13 +386,18 @@ void test_matmul(const char* name) {
   }
 }
 
-// The four transposed tiles of ldmatrix.x4.trans, element by element.
-__global__ void transpose_kernel(const uint16_t* in, unsigned* out) {
+// The four transposed tiles of ldmatrix.x4.trans, or of ldmatrix.x4 and movmatrix, element by element.
+__global__ void transpose_kernel(const uint16_t* in, unsigned* out, bool in_registers) {
   Shared<uint16_t> s = shared_array<uint16_t>(0, 256);
   s.store<uint4>(threadIdx.x * 8, ptx::load_streaming_16(in + threadIdx.x * 8));
   __syncthreads();
   unsigned r[4];
-  ptx::ldmatrix_x4_trans(r, s.data() + threadIdx.x * 8);
+  if (in_registers) {
+    ptx::ldmatrix_x4(r, s.data() + threadIdx.x * 8);
+    for (int i = 0; i < 4; i++) r[i] = ptx::transpose_8x8(r[i]);
+  } else {
+    ptx::ldmatrix_x4_trans(r, s.data() + threadIdx.x * 8);
+  }
   for (int i = 0; i < 4; i++) out[i * 32 + threadIdx.x] = r[i];
 }
 
@@ -400,13 +405,15 @@ void test_transpose() {
   Buffer<uint16_t> in(256);
   Buffer<unsigned> out(128);
   for (int i = 0; i < 256; i++) in[i] = uint16_t(mixed(i));
-  launch(transpose_kernel, 1, 32, 512, nullptr, in.data, out.data);
-  synchronize();
-  for (int tile = 0; tile < 4; tile++)
-    for (int lane = 0; lane < 32; lane++)
-      for (int half = 0; half < 2; half++)
-        expect("ldmatrix.x4.trans", out[tile * 32 + lane] >> 16 * half & 0xffff,
-               in[tile * 64 + (lane % 4 * 2 + half) * 8 + lane / 4]);
+  for (bool in_registers : {false, true}) {
+    launch(transpose_kernel, 1, 32, 512, nullptr, in.data, out.data, in_registers);
+    synchronize();
+    for (int tile = 0; tile < 4; tile++)
+      for (int lane = 0; lane < 32; lane++)
+        for (int half = 0; half < 2; half++)
+          expect(in_registers ? "movmatrix.trans" : "ldmatrix.x4.trans", out[tile * 32 + lane] >> 16 * half & 0xffff,
+                 in[tile * 64 + (lane % 4 * 2 + half) * 8 + lane / 4]);
+  }
 }
 
 // mma must not hide infinities, NaNs and subnormals.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks, _native
-from torch_kernels._registry import Backend, Op, native
+from torch_kernels._registry import Backend, Op, native, unit_stride
 from torch_kernels.tree_attention import reference
 
 MAX_NODES = 1024
@@ -32,9 +32,9 @@ def _backends(name: str, dtypes: tuple[torch.dtype, ...]) -> tuple[Backend, ...]
     on_gpu = tuple(dtype for dtype in dtypes if dtype != torch.float64)
     return (
         Backend("cpu", native("cpu", name), dtypes),
-        Backend("cuda", native("cuda", name), on_gpu, unit_stride=True),
+        Backend("cuda", native("cuda", name), on_gpu, accepts=unit_stride),
         Backend("triton", triton, on_gpu),
-        Backend("emulator", native("emulator", name), on_gpu, unit_stride=True),
+        Backend("emulator", native("emulator", name), on_gpu, accepts=unit_stride),
         Backend("reference", lambda: getattr(reference, name), dtypes),
     )
 

@@ -20,7 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .tree import depth_of, mark_ancestors, on_device, parent_of
+from torch_kernels._triton import architecture, on_device
+
+from .tree import depth_of, mark_ancestors, parent_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -427,16 +429,6 @@ def attention_config(
 def chunk(head_size: int, element_size: int) -> int:
     """How much of the head size one product of queries and keys takes: all of it on tensor cores."""
     return min(max(triton.next_power_of_2(head_size), 16), 32 if element_size == 4 else 256)
-
-
-def architecture(device: torch.device) -> str:
-    """sm_80, sm_90, .. or gfx942 for all AMD GPUs; the interpreter follows sm_90."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def has_float8(device: torch.device) -> bool:

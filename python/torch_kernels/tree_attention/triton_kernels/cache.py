@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tree import on_device
+from torch_kernels._triton import on_device
 
 
 @triton.jit

@@ -7,11 +7,11 @@ not an earlier node counts as padding, so indices strictly decrease: a walk ends
 it holds.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+
+from torch_kernels._triton import on_device
 
 
 @triton.jit
@@ -77,11 +77,6 @@ def tree_positions_kernel(positions, parents, prefix_lens, nodes, BLOCK: tl.cons
     depth = depth_of(parents + batch * nodes, tl.where(node < nodes, node, -2))
     position = tl.load(prefix_lens + batch).to(tl.int32) + depth
     tl.store(positions + batch * nodes + node, tl.where(depth >= 0, position, 0), mask=node < nodes)
-
-
-def on_device(tensor):
-    """Triton launches on the current device; this makes it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def tree_mask(mask, parents):

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .tree import on_device, parent_of
+from torch_kernels._triton import on_device
+
+from .tree import parent_of
 
 
 @triton.jit

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules to put into a model."""
+
+from torch_kernels.nn.int4_linear import Int4Linear
+
+__all__ = ["Int4Linear"]
