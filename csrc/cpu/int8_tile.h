@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of products of int8 numbers for many left rows: those are packed, sixteen to a block, so that the right factor
+// is read as it lies and no sum runs across a vector. VNNI multiplies four numbers of sixteen left rows at once, AMX
+// 64 numbers of sixteen left rows by sixteen right ones.
+#pragma once
+#include "cpu/int8_dot.h"
+#include "cpu/matmul.h"
+
+namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
+
+inline constexpr int kBlockRows = 16;  // left rows of a block
+inline constexpr int kStripRows = 32;  // right rows that are multiplied together
+inline constexpr int kPackStep = 64;   // numbers along K are padded to a multiple of this
+inline constexpr int kStripVectors = kStripRows / kLanes<int32_t>;
+
+#if defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__)
+inline constexpr uint8_t kPackBias = 0;
+#else
+inline constexpr uint8_t kPackBias = kLeftBias;
+#endif
+
+// to[k / 4][16 rows][4] = 16 rows of int8, plus kPackBias. n % 64 == 0.
+inline void pack_block(const int8_t* from, int64_t row, int64_t n, uint8_t* to) {
+  for (int64_t k = 0; k < n; k += kPackStep) {
+    Vector<int32_t> x[kBlockRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kBlockRows; r++)
+      x[r] = bit_cast_vector<Vector<int32_t>>(load(from + r * row + k) ^ int8_t(kPackBias));
+    transpose_block(x);
+#pragma GCC unroll 16
+    for (int r = 0; r < kBlockRows; r++) store(reinterpret_cast<int32_t*>(to + k * kBlockRows) + r * 16, x[r]);
+  }
+}
+
+// sums[32 right rows][16 left rows] -> row(r, vectors of 32 sums) for the left rows.
+template <class Row>
+inline void transpose_sums(const int32_t* sums, int rows, const Row& row) {
+  Vector<int32_t> low[16], high[16];
+#pragma GCC unroll 16
+  for (int f = 0; f < 16; f++) low[f] = load(sums + f * 16), high[f] = load(sums + (16 + f) * 16);
+  transpose_block(low);
+  transpose_block(high);
+#pragma GCC unroll 16
+  for (int r = 0; r < kBlockRows; r++) {
+    if (r >= rows) break;
+    Vector<int32_t> both[kStripVectors] = {low[r], high[r]};
+    row(r, both);
+  }
+}
+#endif
+
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+// sums[block][f][16] = packed blocks · right rows f.
+template <int Features, int Blocks>
+inline void vnni_tile(const uint8_t* packed, int64_t block, const int8_t* right, int64_t right_row, int64_t n,
+                      const int32_t* excess, int32_t* sums, int64_t sums_block) {
+  __m512i sum[Blocks][Features];
+#pragma GCC unroll 16
+  for (int f = 0; f < Features; f++)
+#pragma GCC unroll 4
+    for (int b = 0; b < Blocks; b++) sum[b][f] = _mm512_set1_epi32(-excess[f]);
+  auto step = [&](int64_t k, auto load_four) __attribute__((always_inline)) {
+    __m512i x[Blocks];
+#pragma GCC unroll 4
+    for (int b = 0; b < Blocks; b++) x[b] = _mm512_load_si512(packed + b * block + k * kBlockRows);
+#pragma GCC unroll 16
+    for (int f = 0; f < Features; f++) {
+      __m512i w = _mm512_set1_epi32(load_four(right + f * right_row + k));
+#pragma GCC unroll 4
+      for (int b = 0; b < Blocks; b++) sum[b][f] = _mm512_dpbusd_epi32(sum[b][f], x[b], w);
+    }
+  };
+  auto whole = [](const int8_t* from) __attribute__((always_inline)) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return four;
+  };
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) step(k, whole);
+  if (k < n)
+    step(k, [&](const int8_t* from) {
+      int32_t four = 0;
+      std::memcpy(&four, from, size_t(n - k));
+      return four;
+    });
+#pragma GCC unroll 4
+  for (int b = 0; b < Blocks; b++)
+#pragma GCC unroll 16
+    for (int f = 0; f < Features; f++) _mm512_store_si512(sums + b * sums_block + f * 16, sum[b][f]);
+}
+
+// kPackBias times the sum of a right row.
+inline int32_t excess_of(const int8_t* right, int64_t n) {
+  __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+  int64_t k = 0;
+  for (; k + 64 <= n; k += 64) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(right + k));
+  if (k < n) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8((1ull << (n - k)) - 1, right + k));
+  return int32_t(uint32_t(_mm512_reduce_add_epi32(sum)) * kPackBias);
+}
+#endif
+
+#if defined(__AMX_INT8__)
+// Right rows are copied to [k / 64][2][16 rows][64], zero-padded: rows that lie a large power of two apart would
+// compete for few lines of the cache. One line beyond two tiles keeps the writes apart too.
+inline constexpr int64_t kTileBytes = 1024, kTilePair = 2 * kTileBytes + 64;
+
+// sums[2 blocks][2][16 right rows][16] = copied right rows · packed blocks, over `steps` times 64 numbers.
+template <int Blocks, class Meanwhile>
+inline void amx_tile(const int8_t* right, const uint8_t* packed, int64_t block, int64_t steps, int32_t* sums,
+                     const Meanwhile& meanwhile) {
+  asm volatile("" ::: "memory");  // the compiler does not see that tile instructions read and write memory
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < steps; s++) {
+    _tile_loadd(4, right + s * kTilePair, 64);
+    _tile_loadd(6, packed + s * kTileBytes, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(5, right + s * kTilePair + kTileBytes, 64);
+    _tile_dpbssd(1, 5, 6);
+    if constexpr (Blocks == 2) {
+      _tile_loadd(7, packed + block + s * kTileBytes, 64);
+      _tile_dpbssd(2, 4, 7);
+      _tile_dpbssd(3, 5, 7);
+    }
+    meanwhile();
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  if constexpr (Blocks == 2) {
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+  }
+  asm volatile("" ::: "memory");
+}
+#endif
+
+}  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA
