@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(256) find_outliers_kernel(QuantizeRows p, int 
 
 // blockDim.x threads share a row, blockDim.y rows a block. A thread holds on to the first elements it reads, so that
 // rows of up to kHeld * 8 * blockDim.x columns are read once.
-template <class T>
+// kFind: this kernel finds the outliers itself.
+template <class T, bool kFind>
 struct RowQuantizer {
   const QuantizeRows& p;
   const bool x_aligned, q_aligned;
@@ -81,8 +82,8 @@ struct RowQuantizer {
   // Which of the eight columns are set to 0.
   DEVICE unsigned outlier_columns(int column) const {
     unsigned bits = 0;
-    if (p.threshold == 0) return 0;
-    if (p.outliers_given) {
+    if constexpr (!kFind) {
+      if (p.threshold == 0) return 0;
       const uint8_t* flags = p.outliers + column;
       if (reinterpret_cast<uint64_t>(flags) % 8 == 0 && column + 8 <= p.q_columns) {
         uint2 eight = *reinterpret_cast<const uint2*>(flags);
@@ -100,7 +101,7 @@ struct RowQuantizer {
 
   DEVICE unsigned largest(const Pack<T, 8>& x) const {
     unsigned bits = 0;
-    if (p.threshold > 0) {
+    if (kFind || p.threshold > 0) {
 #pragma unroll
       for (int i = 0; i < 8; i++) bits = max(bits, fabsf(x[i]) >= p.threshold ? 0u : magnitude_bits(x[i]));
     } else {
@@ -151,7 +152,7 @@ struct RowQuantizer {
     RowSteps steps(scale, p.levels);
     auto finish = [&](const Pack<T, 8>& x, int column, unsigned outliers) {
       if (live) write(x, column, outliers, steps);
-      if (row == 0 && p.outliers && !p.outliers_given)
+      if (row == 0 && p.outliers && (kFind || p.threshold == 0))
         for (int i = 0; i < 8; i++)
           if (column + i < p.q_columns) p.outliers[column + i] = outliers >> i & 1;
     };
@@ -164,9 +165,11 @@ struct RowQuantizer {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(512, 2) quantize_rows_kernel(QuantizeRows p, bool x_aligned, bool q_aligned) {
-  RowQuantizer<T>(p, x_aligned, q_aligned).run();
+template <class T, bool kFind>
+__global__ void __launch_bounds__(512, kFind ? 1 : 2)
+    quantize_rows_kernel(QuantizeRows p, bool x_aligned, bool q_aligned) {
+  ptx::let_next_kernel_start();
+  RowQuantizer<T, kFind>(p, x_aligned, q_aligned).run();
 }
 
 template <class T>
@@ -183,15 +186,21 @@ void launch_quantize_rows(QuantizeRows p, const Context& context) {
              p.q_columns);
     launch(find_outliers_kernel<T>, dim3(strips, unsigned(slabs)), dim3(32, 8), 1024, context.stream, p, int(slab_rows),
            x_aligned);
-    p.outliers_given = true;
   }
   // Few rows: the more threads the sooner done. Many: all that a thread can hold in flight.
   int64_t per_thread = rows > 256 ? kHeld : 1;
   int64_t threads = std::clamp<int64_t>((packs + 32 * per_thread - 1) / (32 * per_thread) * 32, 32, 512);
   int64_t rows_per_block = std::max<int64_t>(1, 128 / threads);
-  launch(quantize_rows_kernel<T>, dim3(unsigned(std::max<int64_t>(1, (rows + rows_per_block - 1) / rows_per_block))),
-         dim3(unsigned(threads), unsigned(rows_per_block)), size_t(threads * rows_per_block / 32 * 4), context.stream,
-         p, x_aligned, q_aligned);
+  auto start = [&]<bool kFind>() {
+    launch(quantize_rows_kernel<T, kFind>,
+           dim3(unsigned(std::max<int64_t>(1, (rows + rows_per_block - 1) / rows_per_block))),
+           dim3(unsigned(threads), unsigned(rows_per_block)), size_t(threads * rows_per_block / 32 * 4), context.stream,
+           p, x_aligned, q_aligned);
+  };
+  if (p.threshold > 0 && rows <= kFewRows)
+    start.template operator()<true>();
+  else
+    start.template operator()<false>();
 }
 
 }  // namespace
