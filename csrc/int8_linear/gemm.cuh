@@ -36,10 +36,38 @@ struct Int8Rows {
 
 struct Int8Product {
   Int8Rows x, weight;
-  int64_t columns;
+  int columns;
   Int8Plan plan;
   int4* partials;  // per block and register quadruple, one per thread
   int* counters;   // per tile: blocks that have finished; 0 before
+};
+
+// One thread's part in copying a tile of 128 columns, stage after stage: 16 columns of every 32nd row.
+struct TileCopy {
+  const Int8Rows& matrix;
+  const char* from;
+  int count;  // rows that exist
+
+  DEVICE TileCopy(const Int8Rows& rows, int64_t row, int column)
+      : matrix(rows),
+        from(reinterpret_cast<const char*>(rows.data) + (row < rows.rows ? row * rows.stride + column : 0)),
+        count(int(max(min((rows.rows - row + 31) / 32, int64_t(4)), int64_t(0)))) {}
+
+  // kRows rows, `left` columns from the first on: zeros where there are no elements. No address is formed for rows that
+  // do not exist.
+  template <int kRows>
+  DEVICE void copy(char* to, int skipped, int left) const {
+    int valid = max(min(left, 16), 0);
+    auto source = [&](int i) { return from + skipped + (i < count ? i * 32 * matrix.stride : 0); };
+    if (matrix.width == 16) {
+#pragma unroll
+      for (int i = 0; i < kRows; i++) ptx::cp_async_16(to + i * 32 * kInt8Depth, source(i), i < count ? valid : 0);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kRows; i++)
+        copy_chunk(to + i * 32 * kInt8Depth, source(i), i < count ? valid : 0, matrix.width);
+    }
+  }
 };
 
 template <int kRowTile>
@@ -54,43 +82,34 @@ struct Int8Tile {
   char* const shared = dynamic_shared();
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp_m = thread / 32 / kWarpsN, warp_n = thread / 32 % kWarpsN;
-  int tile, split;
-  int64_t row0, feature0;
+  // Blocks that share features are neighbours, so that the weight comes from memory once.
+  const int row_tile = blockIdx.x % p.plan.row_tiles, rest = blockIdx.x / p.plan.row_tiles;
+  const int split = rest % p.plan.splits, feature_tile = rest / p.plan.splits;
+  const int tile = feature_tile * p.plan.row_tiles + row_tile;
+  const int64_t row0 = int64_t(row_tile) * kRowTile, feature0 = int64_t(feature_tile) * kInt8FeatureTile;
+  const TileCopy x_copy{p.x, row0 + thread / 8, thread % 8 * 16};
+  const TileCopy weight_copy{p.weight, feature0 + feature_of(thread / 8), thread % 8 * 16};
   // Of sixteen rows and sixteen features; then half h holds rows lane / 4 + 8 h and features lane % 4 * 4 + 0 .. 3.
   int sums[kRowSixteens][kSixteens][2][4] = {};
 
-  // Blocks that share features are neighbours, so that the weight comes from memory once.
-  DEVICE explicit Int8Tile(const Int8Product& product) : p(product) {
-    int64_t block = blockIdx.x;
-    int row_tile = int(block % p.plan.row_tiles);
-    block /= p.plan.row_tiles;
-    split = int(block % p.plan.splits);
-    int feature_tile = int(block / p.plan.splits);
-    tile = feature_tile * p.plan.row_tiles + row_tile;
-    row0 = int64_t(row_tile) * kRowTile, feature0 = int64_t(feature_tile) * kInt8FeatureTile;
-  }
+  DEVICE explicit Int8Tile(const Int8Product& product) : p(product) {}
 
   // The row of the tile in shared memory that holds a feature is such that the two mma of sixteen features give a lane
   // four adjacent ones.
   static DEVICE int feature_of(int slot) { return (slot & ~15) + slot % 8 / 2 * 4 + slot / 8 % 2 * 2 + slot % 2; }
 
-  DEVICE void copy_stage(int stage, int buffer) {
-    char* to = shared + buffer * kStageBytes;
-    int64_t column = int64_t(stage) * kInt8Depth + thread % 8 * 16;
-    auto copy = [&](char* tile, const Int8Rows& from, int slot, int64_t row, int64_t column) {
-      from.copy_chunk(tile + swizzled<kInt8Depth>(slot, thread % 8), row, column, p.columns);
-    };
-#pragma unroll
-    for (int i = 0; i < (kRowTile + 31) / 32; i++) {
-      int slot = thread / 8 + i * 32;
-      if (kRowTile % 32 == 0 || slot < kRowTile) copy(to, p.x, slot, row0 + slot, column);
-    }
-    to += kRowTile * kInt8Depth;
-#pragma unroll
-    for (int i = 0; i < kInt8FeatureTile / 32; i++) {
-      int slot = thread / 8 + i * 32;
-      copy(to, p.weight, slot, feature0 + feature_of(slot), column);
-    }
+  DEVICE char* slot_of(int buffer) const {
+    return shared + buffer * kStageBytes + swizzled<kInt8Depth>(thread / 8, thread % 8);
+  }
+  DEVICE void copy_x(int stage, int buffer) const {
+    int skipped = stage * kInt8Depth;
+    if (kRowTile >= 32 || thread < kRowTile * 8)
+      x_copy.template copy<(kRowTile + 31) / 32>(slot_of(buffer), skipped, p.columns - skipped - thread % 8 * 16);
+  }
+  DEVICE void copy_weight(int stage, int buffer) const {
+    int skipped = stage * kInt8Depth;
+    weight_copy.template copy<kInt8FeatureTile / 32>(slot_of(buffer) + kRowTile * kInt8Depth, skipped,
+                                                     p.columns - skipped - thread % 8 * 16);
   }
 
   DEVICE void multiply(const char* stage) {
@@ -126,24 +145,30 @@ struct Int8Tile {
     }
   }
 
-  // This block's part of K. `meanwhile` runs while the first stages are on their way. Ends with all threads past a
-  // barrier and shared memory free.
+  // This block's part of K. The first weights are on their way before the kernel that writes x has ended; `meanwhile`
+  // runs while x is. Ends with all threads past a barrier and shared memory free.
   template <class Meanwhile>
   DEVICE void run(Meanwhile meanwhile) {
-    int stage = p.plan.split_begin(split), last = p.plan.split_begin(split + 1), next = stage, buffer = 0;
-    auto issue = [&] {
-      if (next < last) copy_stage(next, buffer);
+    int stage = p.plan.split_begin(split), last = p.plan.split_begin(split + 1), buffer = 0;
+    for (int i = 0; i < kStages - 1; i++)
+      if (stage + i < last) copy_weight(stage + i, i);
+    ptx::wait_for_previous_kernel();
+    for (int i = 0; i < kStages - 1; i++) {
+      if (stage + i < last) copy_x(stage + i, i);
       ptx::cp_async_commit();
-      next++;
-      buffer = buffer + 1 == kStages ? 0 : buffer + 1;
-    };
-    for (int i = 0; i < kStages - 1; i++) issue();
+    }
     meanwhile();
     for (; stage < last; stage++) {
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
-      issue();
-      multiply(shared + buffer * kStageBytes);  // the oldest: the next to be overwritten
+      int next = stage + kStages - 1, free = buffer == 0 ? kStages - 1 : buffer - 1;
+      if (next < last) {
+        copy_weight(next, free);
+        copy_x(next, free);
+      }
+      ptx::cp_async_commit();
+      multiply(shared + buffer * kStageBytes);
+      buffer = buffer + 1 == kStages ? 0 : buffer + 1;
     }
     ptx::cp_async_wait_all();
     __syncthreads();

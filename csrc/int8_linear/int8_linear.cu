@@ -212,11 +212,11 @@ void int8_linear(const Int8LinearParams& p, const Context& context) {
                  .counters = counters,
                  .counter_count = int(plan.counter_count())},
                 context);
-  Int8Product product{{q, padded, rows, 16}, Int8Rows::of(p.weight), columns, plan, partials, counters};
+  Int8Product product{{q, padded, rows, 16}, Int8Rows::of(p.weight), int(columns), plan, partials, counters};
   LinearWork work{product, p, row_scale, flag_bytes ? outliers : nullptr, int(flag_bytes)};
   with_row_tile(plan, [&]<int kRowTile>() {
-    launch(int8_linear_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads), LinearTile<kRowTile>::kShared,
-           context.stream, work);
+    launch_early(int8_linear_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads),
+                 LinearTile<kRowTile>::kShared, context.stream, work);
   });
 }
 

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kInt8Threads, int8_blocks(kRowTile)) int8_mm_k
 }
 
 __global__ void __launch_bounds__(256) clear_counters_kernel(int* counters, int count) {
+  ptx::let_next_kernel_start();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < count) counters[i] = 0;
 }
@@ -33,7 +34,7 @@ void int8_mm(const Int8MmParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   if (p.out.elements() == 0) return;
   Int8Plan plan = plan_int8(p.a.size[0], p.b.size[0], p.a.size[1]);
-  Int8Product product{Int8Rows::of(p.a), Int8Rows::of(p.b), p.a.size[1], plan, nullptr, nullptr};
+  Int8Product product{Int8Rows::of(p.a), Int8Rows::of(p.b), int(p.a.size[1]), plan, nullptr, nullptr};
   if (plan.splits > 1) {
     char* workspace = static_cast<char*>(context.allocate(plan.partial_bytes() + plan.counter_count() * 4));
     product.partials = reinterpret_cast<int4*>(workspace);
@@ -42,8 +43,8 @@ void int8_mm(const Int8MmParams& p, const Context& context) {
            product.counters, int(plan.counter_count()));
   }
   with_row_tile(plan, [&]<int kRowTile>() {
-    launch(int8_mm_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads), Int8Tile<kRowTile>::kShared,
-           context.stream, product, p.out.at<int>());
+    launch_early(int8_mm_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads),
+                 Int8Tile<kRowTile>::kShared, context.stream, product, p.out.at<int>());
   });
 }
 

@@ -10,7 +10,7 @@
 namespace torch_kernels {
 namespace {
 
-constexpr int kFewRows = 16;
+constexpr int kFewRows = 16, kHeld = 4;
 
 // Bit i: element i is an outlier. Infinities are, NaN is not.
 template <class T>
@@ -20,6 +20,10 @@ DEVICE unsigned outlier_bits(const Pack<T, 8>& x, float threshold) {
   for (int i = 0; i < 8; i++) bits |= unsigned(fabsf(x[i]) >= threshold) << i;
   return bits;
 }
+
+// Four bytes of 0 or 1 as bits, bits as bytes of 0 or 255: products whose terms do not overlap.
+DEVICE unsigned bits_of_flags(unsigned flags) { return flags * 0x10204080u >> 28; }
+DEVICE unsigned bytes_of_bits(unsigned bits) { return ((bits & 15) * 0x00204081u & 0x01010101u) * 255; }
 
 __global__ void __launch_bounds__(256) clear_kernel(uint8_t* bytes, int count) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -52,10 +56,9 @@ __global__ void __launch_bounds__(256) find_outliers_kernel(QuantizeRows p, int 
 
 // blockDim.x threads share a row, blockDim.y rows a block. A thread holds on to the first elements it reads, so that
 // rows of up to kHeld * 8 * blockDim.x columns are read once.
-template <class T>
+// kFind: this kernel finds the outliers itself.
+template <class T, bool kFind>
 struct RowQuantizer {
-  static constexpr int kHeld = 4;
-
   const QuantizeRows& p;
   const bool x_aligned, q_aligned;
   const int64_t row;
@@ -69,7 +72,8 @@ struct RowQuantizer {
         live(row < work.x.size[0]) {}
 
   DEVICE Pack<T, 8> load(int64_t from_row, int column) const {
-    int valid = int(max(min(p.x.size[1] - column, int64_t(8)), int64_t(0)));
+    int64_t left = from_row < p.x.size[0] ? p.x.size[1] - column : 0;
+    int valid = int(max(min(left, int64_t(8)), int64_t(0)));
     Pack<T, 8> x;
     x.load(valid ? p.x.at<const T>(from_row, column) : p.x.at<const T>(), valid, x_aligned);
     return x;
@@ -78,10 +82,15 @@ struct RowQuantizer {
   // Which of the eight columns are set to 0.
   DEVICE unsigned outlier_columns(int column) const {
     unsigned bits = 0;
-    if (p.threshold == 0) return 0;
-    if (p.outliers_given) {
+    if constexpr (!kFind) {
+      if (p.threshold == 0) return 0;
+      const uint8_t* flags = p.outliers + column;
+      if (reinterpret_cast<uint64_t>(flags) % 8 == 0 && column + 8 <= p.q_columns) {
+        uint2 eight = *reinterpret_cast<const uint2*>(flags);
+        return bits_of_flags(eight.x) | bits_of_flags(eight.y) << 4;
+      }
       for (int i = 0; i < 8; i++)
-        if (column + i < p.q_columns) bits |= unsigned(p.outliers[column + i]) << i;
+        if (column + i < p.q_columns) bits |= unsigned(flags[i]) << i;
     } else {
       int64_t rows = p.x.size[0];
 #pragma unroll 4
@@ -92,10 +101,12 @@ struct RowQuantizer {
 
   DEVICE unsigned largest(const Pack<T, 8>& x) const {
     unsigned bits = 0;
+    if (kFind || p.threshold > 0) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      bool outlier = p.threshold > 0 && fabsf(x[i]) >= p.threshold;
-      bits = max(bits, outlier ? 0u : magnitude_bits(x[i]));
+      for (int i = 0; i < 8; i++) bits = max(bits, fabsf(x[i]) >= p.threshold ? 0u : magnitude_bits(x[i]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) bits = max(bits, magnitude_bits(x[i]));
     }
     return bits;
   }
@@ -103,9 +114,9 @@ struct RowQuantizer {
   DEVICE void write(const Pack<T, 8>& x, int column, unsigned outliers, const RowSteps& steps) const {
     unsigned bytes[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) bytes[i] = outliers >> i & 1 ? 0u : steps(x[i]);
-    unsigned low = pack_bytes(bytes[0], bytes[1], bytes[2], bytes[3]);
-    unsigned high = pack_bytes(bytes[4], bytes[5], bytes[6], bytes[7]);
+    for (int i = 0; i < 8; i++) bytes[i] = steps(x[i]);
+    unsigned low = pack_bytes(bytes[0], bytes[1], bytes[2], bytes[3]) & ~bytes_of_bits(outliers);
+    unsigned high = pack_bytes(bytes[4], bytes[5], bytes[6], bytes[7]) & ~bytes_of_bits(outliers >> 4);
     int8_t* to = p.q + row * p.q_stride + column;
     if (q_aligned && column + 8 <= p.q_columns) {
       *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
@@ -121,42 +132,44 @@ struct RowQuantizer {
       for (int i = threadIdx.x; i < p.counter_count; i += blockDim.x) p.counters[i] = 0;
 
     Pack<T, 8> held[kHeld];
-    unsigned top = 0;
-    if (live) {
+    unsigned outliers[kHeld], top = 0;
 #pragma unroll
-      for (int i = 0; i < kHeld; i++)
-        if (first + i * step < p.q_columns) held[i] = load(row, first + i * step);
+    for (int i = 0; i < kHeld; i++)
+      if (first + i * step < p.q_columns) held[i] = load(row, first + i * step);
 #pragma unroll
-      for (int i = 0; i < kHeld; i++)
-        if (first + i * step < p.q_columns) top = max(top, largest(held[i]));
+    for (int i = 0; i < kHeld; i++)
+      if (first + i * step < p.q_columns) {
+        outliers[i] = outlier_columns(first + i * step);
+        top = max(top, largest(held[i]));
+      }
 #pragma unroll 2
-      for (int column = first + kHeld * step; column < p.q_columns; column += step)
-        top = max(top, largest(load(row, column)));
-    }
+    for (int column = first + kHeld * step; column < p.q_columns; column += step)
+      top = max(top, largest(load(row, column)));
     top = row_maximum(top, shared_array<unsigned>(0, blockDim.x * blockDim.y / 32));
     float scale = row_scale(top, p.x_scale, p.levels);
     if (live && threadIdx.x == 0) p.scale[row] = scale;
 
     RowSteps steps(scale, p.levels);
-    auto finish = [&](const Pack<T, 8>& x, int column) {
-      unsigned outliers = outlier_columns(column);
+    auto finish = [&](const Pack<T, 8>& x, int column, unsigned outliers) {
       if (live) write(x, column, outliers, steps);
-      if (row == 0 && p.outliers && !p.outliers_given)
+      if (row == 0 && p.outliers && (kFind || p.threshold == 0))
         for (int i = 0; i < 8; i++)
           if (column + i < p.q_columns) p.outliers[column + i] = outliers >> i & 1;
     };
 #pragma unroll
     for (int i = 0; i < kHeld; i++)
-      if (first + i * step < p.q_columns) finish(held[i], first + i * step);
+      if (first + i * step < p.q_columns) finish(held[i], first + i * step, outliers[i]);
 #pragma unroll 1
     for (int column = first + kHeld * step; column < p.q_columns; column += step)
-      finish(live ? load(row, column) : held[0], column);
+      finish(load(row, column), column, outlier_columns(column));
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(512, 2) quantize_rows_kernel(QuantizeRows p, bool x_aligned, bool q_aligned) {
-  RowQuantizer<T>(p, x_aligned, q_aligned).run();
+template <class T, bool kFind>
+__global__ void __launch_bounds__(512, kFind ? 1 : 2)
+    quantize_rows_kernel(QuantizeRows p, bool x_aligned, bool q_aligned) {
+  ptx::let_next_kernel_start();
+  RowQuantizer<T, kFind>(p, x_aligned, q_aligned).run();
 }
 
 template <class T>
@@ -173,15 +186,21 @@ void launch_quantize_rows(QuantizeRows p, const Context& context) {
              p.q_columns);
     launch(find_outliers_kernel<T>, dim3(strips, unsigned(slabs)), dim3(32, 8), 1024, context.stream, p, int(slab_rows),
            x_aligned);
-    p.outliers_given = true;
   }
-  // Few rows: the more threads the sooner done. Many: two packs in flight per thread.
-  int64_t per_thread = rows > 256 ? 2 : 1;
+  // Few rows: the more threads the sooner done. Many: all that a thread can hold in flight.
+  int64_t per_thread = rows > 256 ? kHeld : 1;
   int64_t threads = std::clamp<int64_t>((packs + 32 * per_thread - 1) / (32 * per_thread) * 32, 32, 512);
   int64_t rows_per_block = std::max<int64_t>(1, 128 / threads);
-  launch(quantize_rows_kernel<T>, dim3(unsigned(std::max<int64_t>(1, (rows + rows_per_block - 1) / rows_per_block))),
-         dim3(unsigned(threads), unsigned(rows_per_block)), size_t(threads * rows_per_block / 32 * 4), context.stream,
-         p, x_aligned, q_aligned);
+  auto start = [&]<bool kFind>() {
+    launch(quantize_rows_kernel<T, kFind>,
+           dim3(unsigned(std::max<int64_t>(1, (rows + rows_per_block - 1) / rows_per_block))),
+           dim3(unsigned(threads), unsigned(rows_per_block)), size_t(threads * rows_per_block / 32 * 4), context.stream,
+           p, x_aligned, q_aligned);
+  };
+  if (p.threshold > 0 && rows <= kFewRows)
+    start.template operator()<true>();
+  else
+    start.template operator()<false>();
 }
 
 }  // namespace
