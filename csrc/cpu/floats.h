@@ -60,12 +60,12 @@ inline Vector<float> rounded(Vector<float> v) {
   return v;
 }
 
-// The first `count` lanes; the others are 0.
+// The first `count` lanes, maybe all or none; the others are 0.
 template <class T>
 inline Vector<float> load_float(const T* from, int64_t count) {
   if (count >= kLanes<float>) return load_float(from);
   T padded[kLanes<float>] = {};
-  std::copy(from, from + count, padded);
+  if (count > 0) std::copy(from, from + count, padded);
   return load_float(padded);
 }
 template <class T>
@@ -73,7 +73,7 @@ inline void store_float(T* to, Vector<float> v, int64_t count) {
   if (count >= kLanes<float>) return store_float(to, v);
   T padded[kLanes<float>];
   store_float(padded, v);
-  std::copy(padded, padded + count, to);
+  if (count > 0) std::copy(padded, padded + count, to);
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

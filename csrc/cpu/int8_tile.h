@@ -2,6 +2,8 @@
 // Sums of products of int8 numbers for many left rows: those are packed, sixteen to a block, so that the right factor
 // is read as it lies and no sum runs across a vector. VNNI multiplies four numbers of sixteen left rows at once, AMX
 // 64 numbers of sixteen left rows by sixteen right ones.
+//
+// A product calls meanwhile() once for every 64 numbers along K: other work, for which the arithmetic leaves room.
 #pragma once
 #include "cpu/int8_dot.h"
 #include "cpu/matmul.h"
@@ -11,7 +13,6 @@ namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 inline constexpr int kBlockRows = 16;  // left rows of a block
 inline constexpr int kStripRows = 32;  // right rows that are multiplied together
 inline constexpr int kPackStep = 64;   // numbers along K are padded to a multiple of this
-inline constexpr int kStripVectors = kStripRows / kLanes<int32_t>;
 
 #if defined(__AVX512VNNI__)
 #if defined(__AMX_INT8__)
@@ -33,28 +34,27 @@ inline void pack_block(const int8_t* from, int64_t row, int64_t n, uint8_t* to) 
   }
 }
 
-// sums[32 right rows][16 left rows] -> row(r, vectors of 32 sums) for the left rows.
-template <class Row>
-inline void transpose_sums(const int32_t* sums, int rows, const Row& row) {
-  Vector<int32_t> low[16], high[16];
+// sums[16 right rows][16 left rows] -> put(r, the 16 sums of left row r) for the first `rows` left rows.
+template <class Put>
+inline void transpose_sums(const int32_t* sums, int rows, const Put& put) {
+  Vector<int32_t> x[16];
 #pragma GCC unroll 16
-  for (int f = 0; f < 16; f++) low[f] = load(sums + f * 16), high[f] = load(sums + (16 + f) * 16);
-  transpose_block(low);
-  transpose_block(high);
+  for (int f = 0; f < 16; f++) x[f] = load(sums + f * 16);
+  transpose_block(x);
+  if (rows == kBlockRows) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kBlockRows; r++) {
-    if (r >= rows) break;
-    Vector<int32_t> both[kStripVectors] = {low[r], high[r]};
-    row(r, both);
+    for (int r = 0; r < kBlockRows; r++) put(r, x[r]);
+  } else {
+    for (int r = 0; r < rows; r++) put(r, x[r]);
   }
 }
 #endif
 
 #if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
-// sums[block][f][16] = packed blocks · right rows f.
-template <int Features, int Blocks>
+// sums[block][f][16] = packed blocks · right rows f - excess[f].
+template <int Features, int Blocks, class Meanwhile>
 inline void vnni_tile(const uint8_t* packed, int64_t block, const int8_t* right, int64_t right_row, int64_t n,
-                      const int32_t* excess, int32_t* sums, int64_t sums_block) {
+                      const int32_t* excess, int32_t* sums, int64_t sums_block, const Meanwhile& meanwhile) {
   __m512i sum[Blocks][Features];
 #pragma GCC unroll 16
   for (int f = 0; f < Features; f++)
@@ -77,6 +77,11 @@ inline void vnni_tile(const uint8_t* packed, int64_t block, const int8_t* right,
     return four;
   };
   int64_t k = 0;
+  for (; k + kPackStep <= n; k += kPackStep) {
+    meanwhile();
+#pragma GCC unroll 2
+    for (int i = 0; i < kPackStep; i += 4) step(k + i, whole);
+  }
   for (; k + 4 <= n; k += 4) step(k, whole);
   if (k < n)
     step(k, [&](const int8_t* from) {
@@ -90,13 +95,19 @@ inline void vnni_tile(const uint8_t* packed, int64_t block, const int8_t* right,
     for (int f = 0; f < Features; f++) _mm512_store_si512(sums + b * sums_block + f * 16, sum[b][f]);
 }
 
-// kPackBias times the sum of a right row.
-inline int32_t excess_of(const int8_t* right, int64_t n) {
-  __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
-  int64_t k = 0;
-  for (; k + 64 <= n; k += 64) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(right + k));
-  if (k < n) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8((1ull << (n - k)) - 1, right + k));
-  return int32_t(uint32_t(_mm512_reduce_add_epi32(sum)) * kPackBias);
+// excess[r] = kPackBias times the sum of right row r.
+template <int Rows>
+inline void row_excess(const int8_t* right, int64_t row, int64_t n, int32_t* excess) {
+  __m512i sum[Rows], ones = _mm512_set1_epi8(1);
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; r++) sum[r] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < n; k += 64) {
+    __mmask64 present = n - k >= 64 ? ~0ull : (1ull << (n - k)) - 1;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+      sum[r] = _mm512_dpbusd_epi32(sum[r], ones, _mm512_maskz_loadu_epi8(present, right + r * row + k));
+  }
+  for (int r = 0; r < Rows; r++) excess[r] = int32_t(uint32_t(sum_lanes(Vector<int32_t>(sum[r]))) * kPackBias);
 }
 #endif
 
@@ -105,7 +116,7 @@ inline int32_t excess_of(const int8_t* right, int64_t n) {
 // compete for few lines of the cache. One line beyond two tiles keeps the writes apart too.
 inline constexpr int64_t kTileBytes = 1024, kTilePair = 2 * kTileBytes + 64;
 
-// sums[2 blocks][2][16 right rows][16] = copied right rows · packed blocks, over `steps` times 64 numbers.
+// sums[Blocks][2][16 right rows][16] = copied right rows · packed blocks, over `steps` times 64 numbers.
 template <int Blocks, class Meanwhile>
 inline void amx_tile(const int8_t* right, const uint8_t* packed, int64_t block, int64_t steps, int32_t* sums,
                      const Meanwhile& meanwhile) {

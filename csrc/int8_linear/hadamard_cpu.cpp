@@ -2,10 +2,10 @@
 // Hadamard transforms of rows, in float32, and their quantisation.
 #include "cpu/hadamard.h"
 
+#include "cpu/int8_quantize.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "int8_linear/params.h"
-#include "int8_linear/quantize.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
@@ -55,7 +55,7 @@ void rotate(const RotateQuantizeParams& p) {
       if (smooth) v /= load_float(smooth + i, n - i);
       store_float(row + i, v, n - i);
     }
-    float scale = row_scale(absmax(row, n, 0, nullptr), given, limit);
+    float scale = row_scale(absmax(row, n), given, limit);
     *p.scale.at<float>(m) = scale;
     Rounding(scale, given, limit).row(row, n, p.q.at<int8_t>(m));
   });

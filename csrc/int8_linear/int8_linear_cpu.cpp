@@ -2,10 +2,10 @@
 // int8_mm and int8_linear: rows are quantised once, multiplied as integers, and finished strip by strip.
 #include <vector>
 
+#include "cpu/int8_quantize.h"
 #include "cpu/isa.h"
 #include "int8_linear/params.h"
 #include "int8_linear/product.h"
-#include "int8_linear/quantize.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
@@ -13,13 +13,14 @@ namespace {
 struct IntegerOutput {
   const Int8MmParams& p;
 
-  auto strip(int64_t first, int count, const Right&) const {
-    return [this, first, count](int64_t m, const Vector<int32_t>* sums) {
-      int32_t* to = p.out.at<int32_t>(m, first);
+  auto strip(const Right&, int64_t first, int count, int64_t, int64_t) const {
+    return [this, first, count](int64_t m, int i, Vector<int32_t> sums) {
+      constexpr int lanes = kLanes<int32_t>;
+      int32_t* to = p.out.at<int32_t>(m, first) + i * lanes;
       if (count == kStripRows) {
-        for (int i = 0; i < kStripVectors; i++) store(to + i * kLanes<int32_t>, sums[i]);
-      } else {
-        std::memcpy(to, sums, size_t(count) * sizeof(int32_t));
+        store(to, sums);
+      } else if (i * lanes < count) {
+        std::memcpy(to, &sums, size_t(std::min(lanes, count - i * lanes)) * sizeof(int32_t));
       }
     };
   }
@@ -40,32 +41,29 @@ struct LinearOutput {
   // One thread's view of a strip.
   struct Strip {
     const LinearOutput& output;
-    int64_t first;
+    int64_t first, begin;
     int count;
-    const float* outlier_sums;  // [M][kStripRows]
+    const float* outlier_sums;  // [rows][kStripRows]
     Vector<float> scale[kStripVectors], bias[kStripVectors];
 
-    void operator()(int64_t m, const Vector<int32_t>* sums) const {
+    void operator()(int64_t m, int i, Vector<int32_t> sums) const {
       constexpr int lanes = kLanes<float>;
-      Vector<float> row_scale = broadcast(output.row_scale[m]);
-      T* to = output.p.out.template at<T>(m, first);
-#pragma GCC unroll 8
-      for (int i = 0; i < kStripVectors; i++) {
-        Vector<float> y = rounded(__builtin_convertvector(sums[i], Vector<float>) * row_scale * scale[i]);
-        if (outlier_sums) y += load(outlier_sums + m * kStripRows + i * lanes);
-        y += bias[i];
-        if (count == kStripRows) {
-          store_float(to + i * lanes, y);
-        } else if (i * lanes < count) {
-          store_float(to + i * lanes, y, count - i * lanes);
-        }
+      T* to = output.p.out.template at<T>(m, first) + i * lanes;
+      Vector<float> y = __builtin_convertvector(sums, Vector<float>) * output.row_scale[m];
+      y = rounded(y * scale[i]);
+      if (outlier_sums) y += load(outlier_sums + (m - begin) * kStripRows + i * lanes);
+      y += bias[i];
+      if (count == kStripRows) {
+        store_float(to, y);
+      } else if (i * lanes < count) {
+        store_float(to, y, count - i * lanes);
       }
     }
   };
 
-  Strip strip(int64_t first, int count, const Right& right) const {
+  Strip strip(const Right& right, int64_t first, int count, int64_t begin, int64_t end) const {
     constexpr int lanes = kLanes<float>;
-    Strip strip{*this, first, count, nullptr, {}, {}};
+    Strip strip{*this, first, begin, count, nullptr, {}, {}};
     float scale[kStripRows] = {}, bias[kStripRows] = {};
     std::copy_n(p.weight_scale.at<const float>(first), count, scale);
     for (int f = 0; p.bias && f < count; f++)
@@ -73,25 +71,27 @@ struct LinearOutput {
                                                : to_float(*p.bias.at<const T>(first + f));
     for (int i = 0; i < kStripVectors; i++)
       strip.scale[i] = load(scale + i * lanes), strip.bias[i] = load(bias + i * lanes);
-    if (!outliers.columns.empty()) strip.outlier_sums = outlier_sums(first, count, scale, right);
+    if (!outliers.columns.empty()) strip.outlier_sums = outlier_sums(right, first, count, begin, end, scale);
     return strip;
   }
 
-  // The outlier columns' share of a strip, for all rows.
-  const float* outlier_sums(int64_t first, int count, const float* scale, const Right& right) const {
+  // The outlier columns' share of a strip, for rows [begin, end).
+  const float* outlier_sums(const Right& right, int64_t first, int count, int64_t begin, int64_t end,
+                            const float* scale) const {
     static thread_local Scratch::Block block;
-    int64_t columns = int64_t(outliers.columns.size()), rows = p.x.size[0];
+    int64_t columns = int64_t(outliers.columns.size());
     float *weight, *sums;
     Scratch::plan(block, [&](Scratch& scratch) {
       weight = scratch.take<float>(columns * kStripRows);
-      sums = scratch.take<float>(rows * kStripRows);
+      sums = scratch.take<float>((end - begin) * kStripRows);
     });
     for (int f = 0; f < kStripRows; f++) {
       const int8_t* row = right.at(first + std::min(f, count - 1));
       for (int64_t j = 0; j < columns; j++)
         weight[j * kStripRows + f] = float(row[outliers.columns[size_t(j)]]) * scale[f];
     }
-    matmul<false, true>(outliers.x, columns, weight, kStripRows, sums, kStripRows, int(rows), kStripRows, int(columns));
+    matmul<false, true>(outliers.x + begin * columns, columns, weight, kStripRows, sums, kStripRows, int(end - begin),
+                        kStripRows, int(columns));
     return sums;
   }
 };
@@ -112,12 +112,11 @@ void linear(const Int8LinearParams& p) {
   });
   left.use(memory);
   Outliers outliers;
-  auto scan = [&](int64_t m) {
-    scale[m] = row_scale(absmax(p.x.at<const T>(m), columns, float(p.threshold), is_outlier), given, 127);
-  };
   if (p.threshold > 0) {
     std::fill(is_outlier, is_outlier + columns, uint8_t(0));
-    parallel_for(rows, columns, scan);
+    parallel_for(rows, columns, [&](int64_t m) {
+      scale[m] = absmax_below(p.x.at<const T>(m), columns, float(p.threshold), is_outlier) / 127;
+    });
     for (int64_t k = 0; k < columns; k++)
       if (is_outlier[k]) outliers.columns.push_back(int32_t(k));
     int64_t count = int64_t(outliers.columns.size());
@@ -125,7 +124,7 @@ void linear(const Int8LinearParams& p) {
   }
   left.fill(2, [&](int64_t m, int8_t* to) {
     const T* x = p.x.at<const T>(m);
-    if (p.threshold == 0) scan(m);
+    if (p.threshold == 0) scale[m] = row_scale(absmax(x, columns), given, 127);
     Rounding(scale[m], given, 127).row(x, columns, to);
     size_t count = outliers.columns.size();
     for (size_t j = 0; j < count; j++) {

@@ -1,80 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The integer product of the int8 ops: left [M, K] times right [N, K] transposed. The right factor, a weight, is far
-// larger, streams from memory once for each block of left rows and is never packed beforehand.
+// The integer product of the int8 ops: left [M, K] times right [N, K] transposed. The right factor streams from memory
+// once for each part of the left one that stays in cache, and is never packed beforehand.
 //
-// An Output takes the sums of a strip of right rows: output.strip(first, count, right) makes, for one thread, a
-// function (m, vectors of the strip's kStripRows sums).
+// An Output takes the sums. output.strip(right, first, count, begin, end) makes a function, for one thread, for right
+// rows [first, first + count) and left rows [begin, end): put(m, i, sums) gets the i-th vector of left row m's sums.
 #pragma once
-#include <algorithm>
-
-#include "core/tensor.h"
-#include "cpu/int8_tile.h"
-#include "cpu/parallel.h"
+#include "int8_linear/operands.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
-constexpr int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-struct Right {
-  const int8_t* data;
-  int64_t row, rows, columns;
-
-  explicit Right(const Tensor& t) : data(t.at<const int8_t>()), row(t.stride[0]), rows(t.size[0]), columns(t.size[1]) {}
-  const int8_t* at(int64_t n) const { return data + n * row; }
-  int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }
-  int count(int64_t strip) const { return int(std::min<int64_t>(kStripRows, rows - strip * kStripRows)); }
-};
-
-// Left rows as the product reads them: few as they are, many packed in blocks.
-class Left {
- public:
-  Left(int64_t rows, int64_t columns)
-      : rows_(rows), columns_(columns), padded_(round_up_to(columns, std::max(kPackStep, kDotStep))) {}
-
-  bool packed() const { return kPacks && rows_ > kFewRows; }
-  int64_t rows() const { return rows_; }
-  int64_t padded() const { return padded_; }
-  int64_t bytes() const {
-    return packed() ? round_up_to(rows_, kBlockRows) * padded_ : rows_ * padded_ * int64_t(sizeof(LeftElement));
-  }
-  void use(void* memory) { memory_ = static_cast<uint8_t*>(memory); }
-  const LeftElement* plain(int64_t m) const { return reinterpret_cast<LeftElement*>(memory_) + m * padded_; }
-  const uint8_t* block(int64_t b) const { return memory_ + b * kBlockRows * padded_; }
-
-  // row(m, to) writes the K numbers of a row.
-  template <class Row>
-  void fill(int64_t cost, const Row& row) {
-    int64_t group = packed() ? kBlockRows : 1;
-    parallel_for((rows_ + group - 1) / group, group * cost * columns_, [&](int64_t g) {
-      static thread_local Scratch::Block block;
-      auto* numbers = reinterpret_cast<int8_t*>(block.reserve(group * padded_));
-      int64_t first = g * group, count = std::min(group, rows_ - first);
-      for (int64_t r = 0; r < group; r++) {
-        int8_t* to = numbers + r * padded_;
-        if (r < count) row(first + r, to);
-        std::fill(to + (r < count ? columns_ : 0), to + padded_, int8_t(0));
-      }
-#if defined(__AVX512VNNI__)
-      if (packed()) return pack_block(numbers, padded_, padded_, memory_ + first * padded_);
-#endif
-      to_left(numbers, columns_, const_cast<LeftElement*>(plain(first)));
-    });
-  }
-
- private:
-#if defined(__AMX_INT8__)
-  static constexpr bool kPacks = true;
-  static constexpr int64_t kFewRows = 4;
-#elif defined(__AVX512VNNI__)
-  static constexpr bool kPacks = true;
-  static constexpr int64_t kFewRows = 8;
-#else
-  static constexpr bool kPacks = false;
-  static constexpr int64_t kFewRows = 0;
-#endif
-  int64_t rows_, columns_, padded_;
-  uint8_t* memory_ = nullptr;
-};
+inline constexpr int kStripVectors = kStripRows / kLanes<int32_t>;
 
 // Few left rows, or no packing: dot products along the rows.
 template <class Output>
@@ -117,14 +52,49 @@ struct DotWorker {
       case 2: rows<2>(m, first, count, next); break;
       case 1: rows<1>(m, first, count, next); break;
     }
-    auto&& take = output.strip(first, count, right);
-    for (m = 0; m < left.rows(); m++) {
-      Vector<int32_t> row[kStripVectors];
-      for (int i = 0; i < kStripVectors; i++) row[i] = load(sums + m * kStripRows + i * kLanes<int32_t>);
-      take(m, row);
-    }
+    auto put = output.strip(right, first, count, 0, left.rows());
+    for (m = 0; m < left.rows(); m++)
+#pragma GCC unroll 8
+      for (int i = 0; i < kStripVectors; i++) put(m, i, load(sums + m * kStripRows + i * kLanes<int32_t>));
   }
 };
+
+#if defined(__AVX512VNNI__)
+// What a task of a packed product is: a strip of right rows and a part of the left blocks.
+struct Part {
+  int64_t first, begin, end;
+  int count;
+
+  Part(const Left& left, const Right& right, int64_t blocks, int64_t task)
+      : first(task % right.strips() * kStripRows),
+        begin(task / right.strips() * blocks),
+        end(std::min(begin + blocks, left.blocks())),
+        count(right.count(task % right.strips())) {}
+  template <class Output>
+  auto strip(const Output& output, const Left& left, const Right& right) const {
+    return output.strip(right, first, count, begin * kBlockRows, std::min(end * kBlockRows, left.rows()));
+  }
+};
+
+// The sums of two left blocks, [2 blocks][2][16 right rows][16], on their way to the output, 16 by 16 at a time.
+struct PairSums {
+  int32_t* sums = nullptr;
+  int64_t m = 0, rows = 0;  // of the left blocks
+  int at = 0, count = 0;
+
+  template <class Put>
+  void put_some(const Put& put) {
+    int64_t first = at / 2 * kBlockRows;
+    transpose_sums(sums + at * 256, int(std::min<int64_t>(kBlockRows, rows - first)),
+                   [&](int r, Vector<int32_t> v) { put(m + first + r, at % 2, v); });
+    at++;
+  }
+  template <class Put>
+  void put_all(const Put& put) {
+    while (at < count) put_some(put);
+  }
+};
+#endif
 
 #if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
 inline constexpr int64_t kLeftInCache = 512 << 10;
@@ -134,109 +104,108 @@ struct PackedWorker {
   const Left& left;
   const Right& right;
   const Output& output;
-  int64_t row_blocks;
-  int32_t* sums;  // [2 blocks][kStripRows][16]
+  int64_t blocks;
+  int32_t* sums;
+  Fetch fetch;
 
-  PackedWorker(const Left& left, const Right& right, const Output& output, int64_t row_blocks)
-      : left(left), right(right), output(output), row_blocks(row_blocks) {
+  PackedWorker(const Left& left, const Right& right, const Output& output, int64_t blocks)
+      : left(left), right(right), output(output), blocks(blocks) {
     static thread_local Scratch::Block block;
     Scratch::plan(block, [&](Scratch& scratch) { sums = scratch.take<int32_t>(2 * kStripRows * kBlockRows); });
+    std::fill_n(sums, 2 * kStripRows * kBlockRows, 0);
   }
 
   template <int Features, int Blocks>
-  void features(int64_t b, int64_t first, int& f, int count, const int32_t* excess) const {
-    for (; f + Features <= count; f += Features)
-      vnni_tile<Features, Blocks>(left.block(b), kBlockRows * left.padded(), right.at(first + f), right.row,
-                                  right.columns, excess + f, sums + f * kBlockRows, kStripRows * kBlockRows);
+  void features(int64_t b, const Part& part, int& f, const int32_t* excess) {
+    for (; f + Features <= part.count; f += Features)
+      vnni_tile<Features, Blocks>(left.block(b), left.block_bytes(), right.at(part.first + f), right.row, right.columns,
+                                  excess + f, sums + f * kBlockRows, kStripRows * kBlockRows, [&] { fetch.some(); });
   }
 
-  void operator()(int64_t task, int64_t next, int64_t) const {
-    int64_t strips = right.strips(), first = task % strips * kStripRows, begin = task / strips * row_blocks;
-    int64_t end = std::min(begin + row_blocks, (left.rows() + kBlockRows - 1) / kBlockRows);
-    int count = right.count(task % strips);
+  void operator()(int64_t task, int64_t next, int64_t) {
+    Part part(left, right, blocks, task);
     int32_t excess[kStripRows];
-    for (int f = 0; f < count; f++) excess[f] = excess_of(right.at(first + f), right.columns);
-    auto&& take = output.strip(first, count, right);
-    (void)next;
-    for (int64_t b = begin; b < end; b += 2) {
-      int blocks = int(std::min<int64_t>(2, end - b)), f = 0;
-      if (blocks == 2) {
-        features<8, 2>(b, first, f, count, excess);
+    int f = 0;
+    for (; f + 8 <= part.count; f += 8)
+      row_excess<8>(right.at(part.first + f), right.row, right.columns, excess + f);
+    for (; f < part.count; f++) row_excess<1>(right.at(part.first + f), right.row, right.columns, excess + f);
+    auto put = part.strip(output, left, right);
+    bool more = next < divide_up(left.blocks(), blocks) * right.strips();
+    int64_t pairs = (part.end - part.begin) / 2, calls = pairs * (kStripRows / 8) + (part.end - part.begin) % 2 * 2;
+    fetch.start(right, more ? next % right.strips() : right.strips(), calls * (right.columns / kPackStep));
+    for (int64_t b = part.begin; b < part.end; b += 2) {
+      f = 0;
+      if (b + 2 <= part.end) {
+        features<8, 2>(b, part, f, excess);
+        features<1, 2>(b, part, f, excess);
       } else {
-        features<16, 1>(b, first, f, count, excess);
+        features<16, 1>(b, part, f, excess);
+        features<1, 1>(b, part, f, excess);
       }
-      if (blocks == 2) {
-        features<1, 2>(b, first, f, count, excess);
-      } else {
-        features<1, 1>(b, first, f, count, excess);
-      }
-      for (int i = 0; i < blocks; i++) {
-        int64_t m = (b + i) * kBlockRows;
-        transpose_sums(sums + i * kStripRows * kBlockRows, int(std::min<int64_t>(kBlockRows, left.rows() - m)),
-                       [&](int r, const auto& row) { take(m + r, row); });
-      }
+      PairSums pair{sums, b * kBlockRows, left.rows() - b * kBlockRows, 0, int(std::min<int64_t>(4, 2 * (part.end - b)))};
+      pair.put_all(put);
     }
   }
 };
 #elif defined(__AMX_INT8__)
 inline constexpr int64_t kLeftInCache = 1 << 20;
 
+// While the tile unit multiplies one pair of blocks, the sums of the pair before become outputs and the next strip is
+// copied.
 template <class Output>
 struct PackedWorker {
   const Left& left;
   const Right& right;
   const Output& output;
-  int64_t row_blocks;
-  int64_t steps;
+  int64_t blocks, steps;
   MatmulSession session;
   int8_t* copies[2];
-  int32_t* sums;  // [2 blocks][kStripRows][16]
+  int32_t* sums[2];
+  StripCopy copy;
   int current = 0;
-  int64_t held = -1;
+  int64_t copied = -1;  // the task whose strip is in copies[current]
 
-  PackedWorker(const Left& left, const Right& right, const Output& output, int64_t row_blocks)
-      : left(left), right(right), output(output), row_blocks(row_blocks), steps(left.padded() / kPackStep) {
+  PackedWorker(const Left& left, const Right& right, const Output& output, int64_t blocks)
+      : left(left), right(right), output(output), blocks(blocks), steps(left.padded() / kPackStep) {
     static thread_local Scratch::Block block;
     Scratch::plan(block, [&](Scratch& scratch) {
-      for (auto& copy : copies) copy = scratch.take<int8_t>(steps * kTilePair);
-      sums = scratch.take<int32_t>(2 * kStripRows * kBlockRows);
+      for (auto& each : copies) each = scratch.take<int8_t>(steps * kTilePair);
+      for (auto& each : sums) each = scratch.take<int32_t>(2 * kStripRows * kBlockRows);
     });
   }
 
-  void copy(int64_t task, int8_t* to) const {
-    int64_t strip = task % right.strips();
-    int count = right.count(strip);
-    for (int f = 0; f < kStripRows; f++) {
-      int8_t* line = to + f * 64;
-      for (int64_t k = 0; k < left.padded(); k += kPackStep, line += kTilePair) {
-        int64_t present = f < count ? std::clamp<int64_t>(right.columns - k, 0, 64) : 0;
-        uint64_t mask = present == 64 ? ~0ull : (1ull << present) - 1;
-        const int8_t* from = present ? right.at(strip * kStripRows + f) + k : right.data;
-        _mm512_store_si512(line, _mm512_maskz_loadu_epi8(mask, from));
-      }
-    }
+  int64_t strip(int64_t task) const {
+    return task < divide_up(left.blocks(), blocks) * right.strips() ? task % right.strips() : right.strips();
   }
 
-  void operator()(int64_t task, int64_t, int64_t) {
-    int64_t strips = right.strips(), first = task % strips * kStripRows, begin = task / strips * row_blocks;
-    int64_t end = std::min(begin + row_blocks, (left.rows() + kBlockRows - 1) / kBlockRows);
-    int count = right.count(task % strips);
-    copy(task, copies[0]);
-    auto&& take = output.strip(first, count, right);
-    auto nothing = [] {};
-    for (int64_t b = begin; b < end; b += 2) {
-      int blocks = int(std::min<int64_t>(2, end - b));
-      if (blocks == 2) {
-        amx_tile<2>(copies[0], left.block(b), kBlockRows * left.padded(), steps, sums, nothing);
-      } else {
-        amx_tile<1>(copies[0], left.block(b), 0, steps, sums, nothing);
-      }
-      for (int i = 0; i < blocks; i++) {
-        int64_t m = (b + i) * kBlockRows;
-        transpose_sums(sums + i * kStripRows * kBlockRows, int(std::min<int64_t>(kBlockRows, left.rows() - m)),
-                       [&](int r, const auto& row) { take(m + r, row); });
-      }
+  void operator()(int64_t task, int64_t next, int64_t after_next) {
+    Part part(left, right, blocks, task);
+    if (copied != task) {
+      copy.start(right, strip(task), strip(next), copies[current], 1);
+      copy.finish();
     }
+    copy.start(right, strip(next), strip(after_next), copies[current ^ 1],
+               steps * divide_up(part.end - part.begin, 2));
+    auto put = part.strip(output, left, right);
+    PairSums before;
+    int64_t interval = std::max<int64_t>(1, steps / 4), step = 0;
+    auto meanwhile = [&]() __attribute__((always_inline)) {
+      copy.some();
+      if (++step % interval == 0 && before.at < before.count) before.put_some(put);
+    };
+    for (int64_t b = part.begin; b < part.end; b += 2) {
+      int32_t* to = sums[b / 2 % 2];
+      if (b + 2 <= part.end) {
+        amx_tile<2>(copies[current], left.block(b), left.block_bytes(), steps, to, meanwhile);
+      } else {
+        amx_tile<1>(copies[current], left.block(b), 0, steps, to, meanwhile);
+      }
+      before.put_all(put);
+      before = {to, b * kBlockRows, left.rows() - b * kBlockRows, 0, int(std::min<int64_t>(4, 2 * (part.end - b)))};
+    }
+    before.put_all(put);
+    copy.finish();
+    current ^= 1, copied = next;
   }
 };
 #endif
@@ -246,12 +215,11 @@ void product(const Left& left, const Right& right, const Output& output) {
   if (left.rows() == 0 || right.rows == 0) return;
 #if defined(__AVX512VNNI__)
   if (left.packed()) {
-    int64_t blocks = (left.rows() + kBlockRows - 1) / kBlockRows;
-    int64_t fit = std::max<int64_t>(2, kLeftInCache / std::max<int64_t>(1, kBlockRows * left.padded()) / 2 * 2);
-    int64_t parts = (blocks + fit - 1) / fit, part = round_up_to((blocks + parts - 1) / parts, 2);
-    parts = (blocks + part - 1) / part;
-    return parallel_workers(parts * right.strips(), part * kBlockRows * kStripRows * right.columns,
-                            [&] { return PackedWorker<Output>(left, right, output, part); });
+    int64_t fit = std::max<int64_t>(2, kLeftInCache / std::max<int64_t>(1, left.block_bytes()) / 2 * 2);
+    int64_t parts = divide_up(left.blocks(), fit), blocks = divide_up(divide_up(left.blocks(), parts), 2) * 2;
+    return parallel_workers(divide_up(left.blocks(), blocks) * right.strips(),
+                            blocks * kBlockRows * kStripRows * right.columns,
+                            [&] { return PackedWorker<Output>(left, right, output, blocks); });
   }
 #endif
   parallel_workers(right.strips(), left.rows() * kStripRows * right.columns,

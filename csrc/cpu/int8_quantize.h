@@ -9,35 +9,65 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
 // As bits, magnitudes sort like integers: finite numbers, infinity, NaN.
-inline constexpr int32_t kMagnitude = 0x7fffffff, kInfinityBits = 0x7f800000;
+inline constexpr int32_t kInfinityBits = 0x7f800000;
 
-// The largest magnitude in a row: NaN if it holds one. With a threshold (not 0), numbers that reach it do not count,
-// and their columns are marked in `outliers`; several rows may mark at once.
 template <class T>
-inline float absmax(const T* x, int64_t n, float threshold, uint8_t* outliers) {
-  using Int = Vector<int32_t>;
-  constexpr int lanes = kLanes<float>;
-  int32_t limit = threshold > 0 ? std::bit_cast<int32_t>(threshold) : std::numeric_limits<int32_t>::max();
-  Int highest[4] = {};
-  auto take = [&](int64_t i, int64_t count, Int& high) __attribute__((always_inline)) {
-    Int bits = bit_cast_vector<Int>(load_float(x + i, count)) & kMagnitude;
-    if (threshold > 0) {
-      Int is_outlier = (bits >= limit) & (bits <= kInfinityBits);
-      bits &= ~is_outlier;
-      int32_t any = 0;
-      for (int lane = 0; lane < lanes; lane++) any |= is_outlier[lane];
-      for (int lane = 0; any && lane < count; lane++)
-        if (is_outlier[lane]) std::atomic_ref<uint8_t>(outliers[i + lane]).store(1, std::memory_order_relaxed);
-    }
-    high = maximum(high, bits);
-  };
+using BitsOf = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
+
+// The largest magnitude in a row; NaN if it holds one.
+template <class T>
+inline float absmax(const T* x, int64_t n) {
+  using Bits = BitsOf<T>;
+  constexpr int lanes = kLanes<Bits>;
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
+  const Bits* bits = reinterpret_cast<const Bits*>(x);
+  Vector<Bits> highest[4] = {};
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes)
-    for (int j = 0; j < 4; j++) take(i + j * lanes, lanes, highest[j]);
-  for (; i < n; i += lanes) take(i, std::min<int64_t>(lanes, n - i), highest[0]);
-  Int all = maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
-  int32_t result = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) highest[j] = maximum(highest[j], load(bits + i + j * lanes) & kMagnitude);
+  Vector<Bits> all = maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
+  Bits result = 0;
   for (int lane = 0; lane < lanes; lane++) result = std::max(result, all[lane]);
+  for (; i < n; i++) result = std::max(result, Bits(bits[i] & kMagnitude));
+  return to_float(std::bit_cast<T>(result));
+}
+
+inline bool any_reaches(Vector<int32_t> bits, int32_t limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epi32_mask(__m512i(bits), _mm512_set1_epi32(limit)) != 0;
+#else
+  bool any = false;
+  for (int lane = 0; lane < kLanes<int32_t>; lane++) any |= bits[lane] >= limit;
+  return any;
+#endif
+}
+
+// The largest magnitude among the numbers of a row below the threshold; NaN if the row holds one. The columns of the
+// others are marked in `outliers`; several rows may mark at once.
+template <class T>
+inline float absmax_below(const T* x, int64_t n, float threshold, uint8_t* outliers) {
+  using Int = Vector<int32_t>;
+  constexpr int lanes = kLanes<float>, kTogether = 4;
+  int32_t limit = std::bit_cast<int32_t>(threshold), result = 0;
+  Int highest = {};
+  for (int64_t i = 0; i < n; i += kTogether * lanes) {
+    Int high = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < kTogether; j++)
+      high = maximum(high, bit_cast_vector<Int>(load_float(x + i + j * lanes, n - i - j * lanes)) & 0x7fffffff);
+    if (!any_reaches(high, limit)) {
+      highest = maximum(highest, high);
+      continue;
+    }
+    for (int64_t k = i; k < std::min(n, i + kTogether * lanes); k++) {
+      int32_t bits = std::bit_cast<int32_t>(to_float(x[k])) & 0x7fffffff;
+      bool is_outlier = bits >= limit && bits <= kInfinityBits;
+      if (is_outlier) std::atomic_ref<uint8_t>(outliers[k]).store(1, std::memory_order_relaxed);
+      if (!is_outlier) result = std::max(result, bits);
+    }
+  }
+  for (int lane = 0; lane < lanes; lane++) result = std::max(result, highest[lane]);
   return std::bit_cast<float>(result);
 }
 
