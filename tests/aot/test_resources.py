@@ -29,13 +29,15 @@ def _check_rules(entries):
 
 def _expected_mma(arch: str, rows: int, kind: str) -> str | None:
     """The tensor-core opcode of a product with so many rows; None where there is none (float32 is computed in full)."""
-    if kind not in ("f16", "bf16"):
+    opcodes = {"i8": ("IMMA", "IGMMA", "UTCIMMA")} | dict.fromkeys(("f16", "bf16"), ("HMMA", "HGMMA", "UTCHMMA"))
+    if kind not in opcodes:
         return None
     if arch.startswith("gfx"):
         return "v_mfma"
+    few_rows, hopper, blackwell = opcodes[kind]
     if rows < 64:
-        return "HMMA"
-    return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA")
+        return few_rows
+    return {"sm_90": hopper, "sm_100": blackwell}.get(arch, few_rows)
 
 
 def _check_table(entries, committed):
