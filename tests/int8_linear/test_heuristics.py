@@ -66,7 +66,7 @@ def test_one_more_row_does_not_cost_much_more(device: Device, n: int, k: int) ->
     assert costs[16] <= 1.25 * costs[15], "17 rows after 16"
     for m, (cost, more) in enumerate(zip(costs, costs[1:]), 1):
         assert more <= cost + 1.01 * costs[0], f"row {m + 1} costs more than it would alone"
-        assert more >= 0.97 * cost, f"{m} rows cost more than {m + 1}"
+        assert more >= 0.9 * cost, f"{m} rows cost more than {m + 1}"
 
 
 @each_device
