@@ -104,6 +104,15 @@ void launch_kernel(bool early, void (*kernel)(Parameters...), const Grid& grid, 
   if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function, grid));
 }
 
+// The most shared memory a block may ask for.
+inline size_t shared_memory_limit(int device) {
+  int bytes = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess)
+    throw_cuda_error(error, "asking for the shared memory of CUDA device " + std::to_string(device));
+  return size_t(bytes);
+}
+
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -131,6 +140,8 @@ void launch_kernel(bool /*early*/, void (*kernel)(Parameters...), const Grid& gr
       reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
 }
+
+inline size_t shared_memory_limit(int) { return emulator::settings.shared_limit; }
 
 class DeviceGuard {
  public:

@@ -88,23 +88,22 @@ def rotate_kernel(
     rest = line % per_row
     start = rest // inner * (BASE * POWER * inner) + rest % inner
     x_offset = row.to(tl.int64) * x_stride
-    step = tl.arange(0, POWER)
     if BASE == 1:
+        step = tl.arange(0, POWER)
         position = start[:, None] + step[None, :] * inner
         inside = (line < lines)[:, None] & (step >= 0)[None, :]
         value = _load(x, signs, x_offset[:, None] + position, position, inside)
     else:
-        i = tl.arange(0, BASE_BLOCK)
+        i = tl.arange(0, BASE_BLOCK)[None, :, None]
+        step = tl.arange(0, POWER)[None, None, :]
+        inside = (line < lines)[:, None, None] & (step >= 0)
         value = tl.zeros((LINES, BASE_BLOCK, POWER), tl.float32)
         for j in range(BASE):
-            position = start[:, None] + (j * POWER + step)[None, :] * inner
-            inside = (line < lines)[:, None] & (step >= 0)[None, :]
-            part = _load(x, signs, x_offset[:, None] + position, position, inside)
+            position = start[:, None, None] + (j * POWER + step) * inner
+            part = _load(x, signs, x_offset[:, None, None] + position, position, inside)
             # Row 0 and column 0 of the base are 1; others -1 where i + j is a square modulo BASE - 1, or 0.
             square = (SQUARES >> ((i - 1 + j - 1 + BASE - 1) % (BASE - 1))) & 1
-            sign = tl.where((i == 0) | (i * 0 + j == 0), 1, 1 - 2 * square).to(tl.float32)
-            value += sign[None, :, None] * part[:, None, :]
-        value = tl.reshape(value, (LINES * BASE_BLOCK, POWER))
+            value += tl.where((i == 0) | (i * 0 + j == 0), 1, 1 - 2 * square).to(tl.float32) * part
     value = tl.reshape(_butterflies(value, LINES * BASE_BLOCK, BITS), (LINES, BASE_BLOCK * POWER)) * factor
 
     # For bases, the numbers past the end are not part of the transform.
