@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cuda/floats.cuh"
 #include "int8_linear/kernels.h"
 #include "int8_linear/quantize.cuh"
 
@@ -54,15 +55,6 @@ void launch_rotate(const RotateWork& work, bool quantize, const Context& context
 
 constexpr int kShortThreads = 256;
 
-DEVICE void write_float(const Tensor& out, int64_t i, float value) {
-  if (out.dtype == DType::float16)
-    out.at<__half>()[i] = from_float<__half>(value);
-  else if (out.dtype == DType::bfloat16)
-    out.at<__nv_bfloat16>()[i] = from_float<__nv_bfloat16>(value);
-  else
-    out.at<float>()[i] = value;
-}
-
 __global__ void __launch_bounds__(kShortThreads)
     rotate_short_kernel(RotateWork work, int base, int rows, bool quantize) {
   int n = base << work.power;
@@ -70,7 +62,7 @@ __global__ void __launch_bounds__(kShortThreads)
   int64_t row0 = int64_t(blockIdx.x) * rows;
   int count = int(min(int64_t(rows), work.x.size[0] - row0)) * n;
   for (int i = threadIdx.x; i < count; i += kShortThreads) {
-    float value = load_float(work.x.data, work.x.dtype, (row0 + i / n) * work.x.stride[0] + i % n);
+    float value = load_float(work.x, row0 + i / n, i % n);
     if (work.signs) value *= work.signs[i % n];
     x[i] = value;
   }
@@ -93,7 +85,7 @@ __global__ void __launch_bounds__(kShortThreads)
   for (int i = threadIdx.x; i < count; i += kShortThreads) {
     float value = y[i];
     if (!quantize) {
-      write_float(work.out, row0 * n + i, value);
+      store_float(work.out, value, row0 + i / n, i % n);
       continue;
     }
     unsigned largest = 0;
@@ -126,7 +118,7 @@ __global__ void __launch_bounds__(256) combine_kernel(float* pieces, int64_t cou
     float value = values[j] * factor;
     int64_t column = i % length + j * length;
     if (smooth) value = __fdiv_rn(value, smooth[column]);
-    write_float(out, at + j * length, value);
+    store_float(out, value, i / length, column);
   }
 }
 

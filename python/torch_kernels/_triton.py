@@ -19,3 +19,8 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The interpreter has so few that small tests take all paths."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
