@@ -5,7 +5,6 @@ Which columns hold outliers depends on all rows, so it is found first, by a kern
 quantises a few rows, and one more program lists the outlier columns for those who add them up later.
 """
 
-import functools
 import math
 
 import torch
@@ -26,7 +25,6 @@ def as_rows(x):
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-@functools.cache
 def device_of(device: torch.device) -> Device:
     return Device(architecture(device), multiprocessors(device))
 
