@@ -126,19 +126,20 @@ struct TilePrefetch {
   int64_t distance;
 };
 
-// The tiles 0 to 3 += right rows · packed blocks, from step `begin` to `end`.
+// Tiles 0 to 3 += right rows · packed blocks, from step `begin` to `end`.
 template <int Blocks, bool kPrefetch>
 inline void amx_steps(const RightTiles& right, const uint8_t* packed, int64_t block, int64_t begin, int64_t end,
                       TilePrefetch& ahead) {
   for (int64_t s = begin; s < end; s++) {
-    const int8_t* first = right.data + s * right.step;
-    _tile_loadd(6, packed + s * kTileBytes, 64);
-    _tile_loadd(4, first, right.row);
+    const int8_t* from = right.data + s * right.step;
+    const uint8_t* left = packed + s * kTileBytes;
+    _tile_loadd(6, left, 64);
+    _tile_loadd(4, from, right.row);
     _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, first + right.half, right.row);
+    _tile_loadd(5, from + right.half, right.row);
     _tile_dpbssd(1, 5, 6);
     if constexpr (Blocks == 2) {
-      _tile_loadd(7, packed + block + s * kTileBytes, 64);
+      _tile_loadd(7, left + block, 64);
       _tile_dpbssd(2, 4, 7);
       _tile_dpbssd(3, 5, 7);
     }
@@ -151,7 +152,7 @@ inline void amx_steps(const RightTiles& right, const uint8_t* packed, int64_t bl
 }
 
 // sums[Blocks][2][16 right rows][16] = right rows · packed blocks, over `steps` times 64 numbers. Calls meanwhile()
-// twice: work for which the arithmetic leaves room. Branches between tile instructions would cost more than the work.
+// four times: work for which the arithmetic leaves room. A call after each step would cost more than the work.
 template <int Blocks, class Meanwhile>
 inline void amx_tile(const RightTiles& right, const uint8_t* packed, int64_t block, int64_t steps, int32_t* sums,
                      TilePrefetch& ahead, const Meanwhile& meanwhile) {
@@ -160,18 +161,16 @@ inline void amx_tile(const RightTiles& right, const uint8_t* packed, int64_t blo
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  auto part = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+  constexpr int kParts = 5;
+  for (int part = 0; part < kParts; part++) {
+    int64_t begin = steps * part / kParts, end = steps * (part + 1) / kParts;
     if (ahead.next < ahead.end) {
       amx_steps<Blocks, true>(right, packed, block, begin, end, ahead);
     } else {
       amx_steps<Blocks, false>(right, packed, block, begin, end, ahead);
     }
-  };
-  part(0, steps / 4);
-  meanwhile();
-  part(steps / 4, steps * 5 / 8);
-  meanwhile();
-  part(steps * 5 / 8, steps);
+    if (part + 1 < kParts) meanwhile();
+  }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
   if constexpr (Blocks == 2) {

@@ -83,7 +83,7 @@ struct PairSums {
   int at = 0, count = 0;
 
   template <class Put>
-  void put_some(const Put& put) {
+  void put_one(const Put& put) {
     int64_t first = at / 2 * kBlockRows;
     transpose_sums(sums + at * 256, int(std::min<int64_t>(kBlockRows, rows - first)),
                    [&](int r, Vector<int32_t> v) { put(m + first + r, at % 2, v); });
@@ -91,7 +91,7 @@ struct PairSums {
   }
   template <class Put>
   void put_all(const Put& put) {
-    while (at < count) put_some(put);
+    while (at < count) put_one(put);
   }
 };
 #endif
@@ -201,7 +201,7 @@ struct PackedWorker {
     auto put = part.strip(output, left, right);
     PairSums before;
     auto meanwhile = [&]() __attribute__((always_inline)) {
-      for (int i = 0; i < 2 && before.at < before.count; i++) before.put_some(put);
+      if (before.at < before.count) before.put_one(put);
     };
     for (int64_t b = part.begin; b < part.end; b += 2) {
       int32_t* to = sums[b / 2 % 2];
@@ -210,6 +210,7 @@ struct PackedWorker {
       } else {
         amx_tile<1>(from, left.block(b), 0, steps, to, ahead, meanwhile);
       }
+      before.put_all(put);
       before = {to, b * kBlockRows, left.rows() - b * kBlockRows, 0, int(std::min<int64_t>(4, 2 * (part.end - b)))};
     }
     before.put_all(put);
