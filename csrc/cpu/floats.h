@@ -13,9 +13,14 @@ typedef int8_t ByteVector __attribute__((vector_size(kVectorBytes / 4)));
 
 inline Vector<float> load_float(const float* from) { return load(from); }
 inline Vector<float> load_float(const BFloat16* from) {
+#if defined(__AVX512F__)
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return Vector<float>(_mm512_slli_epi32(wide, 16));
+#else
   ShortVector bits;
   std::memcpy(&bits, from, sizeof bits);
   return bit_cast_vector<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
+#endif
 }
 inline Vector<float> load_float(const Half* from) {
 #if defined(__AVX512F__)
@@ -34,8 +39,12 @@ inline void store_float(BFloat16* to, Vector<float> v) {
   using Bits = Vector<uint32_t>;
   Bits bits = bit_cast_vector<Bits>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   rounded = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16 | 0x40) : rounded;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(__m512i(rounded)));
+#else
   ShortVector low = __builtin_convertvector(rounded, ShortVector);
   std::memcpy(to, &low, sizeof low);
+#endif
 }
 inline void store_float(Half* to, Vector<float> v) {
 #if defined(__AVX512F__)
@@ -44,6 +53,19 @@ inline void store_float(Half* to, Vector<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes<float>; i++) to[i] = from_float<Half>(v[i]);
+#endif
+}
+
+// The lowest bytes of the lanes. The compiler's own conversion goes lane by lane.
+inline ByteVector low_bytes(Vector<int32_t> v) {
+#if defined(__AVX512F__)
+  return ByteVector(_mm512_cvtepi32_epi8(__m512i(v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi32(0x0c080400);
+  __m256i bytes = _mm256_shuffle_epi8(__m256i(v), low);
+  return ByteVector(_mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1))));
+#else
+  return __builtin_convertvector(v, ByteVector);
 #endif
 }
 

@@ -117,7 +117,7 @@ struct Rounding {
       q = corrected_quotient(x, q, broadcast(scale), broadcast(inverse));
     }
     if constexpr (kClamp) q = minimum(maximum(q, broadcast(-limit)), broadcast(limit));
-    return __builtin_convertvector(bit_cast_vector<Vector<int32_t>>(q + kRound), ByteVector);
+    return low_bytes(bit_cast_vector<Vector<int32_t>>(q + kRound));
   }
 
   template <class T>

@@ -2,8 +2,6 @@
 // Sums of products of int8 numbers for many left rows: those are packed, sixteen to a block, so that the right factor
 // is read as it lies and no sum runs across a vector. VNNI multiplies four numbers of sixteen left rows at once, AMX
 // 64 numbers of sixteen left rows by sixteen right ones.
-//
-// A product calls meanwhile() once for every 64 numbers along K: other work, for which the arithmetic leaves room.
 #pragma once
 #include "cpu/int8_dot.h"
 #include "cpu/matmul.h"
@@ -112,31 +110,66 @@ inline void row_excess(const int8_t* right, int64_t row, int64_t n, int32_t* exc
 #endif
 
 #if defined(__AMX_INT8__)
-// Right rows are copied to [k / 64][2][16 rows][64], zero-padded: rows that lie a large power of two apart would
-// compete for few lines of the cache. One line beyond two tiles keeps the writes apart too.
-inline constexpr int64_t kTileBytes = 1024, kTilePair = 2 * kTileBytes + 64;
+inline constexpr int64_t kTileBytes = 1024;
 
-// sums[Blocks][2][16 right rows][16] = copied right rows · packed blocks, over `steps` times 64 numbers.
+// kStripRows right rows as two columns of tiles, each 16 rows by 64 numbers.
+struct RightTiles {
+  const int8_t* data;
+  int64_t row, step, half;  // distances in bytes: of rows, of tiles along K, and of the two columns
+};
+
+// Lines that come into the second-level cache meanwhile, kLines with each step. More at a time would take the line fill
+// buffers from the tiles.
+struct TilePrefetch {
+  static constexpr int kLines = 4;
+  const int8_t *next, *end;
+  int64_t distance;
+};
+
+// Tiles 0 to 3 += right rows · packed blocks, from step `begin` to `end`.
+template <int Blocks, bool kPrefetch>
+inline void amx_steps(const RightTiles& right, const uint8_t* packed, int64_t block, int64_t begin, int64_t end,
+                      TilePrefetch& ahead) {
+  for (int64_t s = begin; s < end; s++) {
+    const int8_t* from = right.data + s * right.step;
+    const uint8_t* left = packed + s * kTileBytes;
+    _tile_loadd(6, left, 64);
+    _tile_loadd(4, from, right.row);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(5, from + right.half, right.row);
+    _tile_dpbssd(1, 5, 6);
+    if constexpr (Blocks == 2) {
+      _tile_loadd(7, left + block, 64);
+      _tile_dpbssd(2, 4, 7);
+      _tile_dpbssd(3, 5, 7);
+    }
+    if constexpr (kPrefetch) {
+#pragma GCC unroll 4
+      for (int i = 0; i < TilePrefetch::kLines; i++) _mm_prefetch(ahead.next + i * ahead.distance, _MM_HINT_T1);
+      ahead.next += TilePrefetch::kLines * ahead.distance;
+    }
+  }
+}
+
+// sums[Blocks][2][16 right rows][16] = right rows · packed blocks, over `steps` times 64 numbers. Calls meanwhile()
+// four times: work for which the arithmetic leaves room. A call after each step would cost more than the work.
 template <int Blocks, class Meanwhile>
-inline void amx_tile(const int8_t* right, const uint8_t* packed, int64_t block, int64_t steps, int32_t* sums,
-                     const Meanwhile& meanwhile) {
+inline void amx_tile(const RightTiles& right, const uint8_t* packed, int64_t block, int64_t steps, int32_t* sums,
+                     TilePrefetch& ahead, const Meanwhile& meanwhile) {
   asm volatile("" ::: "memory");  // the compiler does not see that tile instructions read and write memory
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t s = 0; s < steps; s++) {
-    _tile_loadd(4, right + s * kTilePair, 64);
-    _tile_loadd(6, packed + s * kTileBytes, 64);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, right + s * kTilePair + kTileBytes, 64);
-    _tile_dpbssd(1, 5, 6);
-    if constexpr (Blocks == 2) {
-      _tile_loadd(7, packed + block + s * kTileBytes, 64);
-      _tile_dpbssd(2, 4, 7);
-      _tile_dpbssd(3, 5, 7);
+  constexpr int kParts = 5;
+  for (int part = 0; part < kParts; part++) {
+    int64_t begin = steps * part / kParts, end = steps * (part + 1) / kParts;
+    if (ahead.next < ahead.end) {
+      amx_steps<Blocks, true>(right, packed, block, begin, end, ahead);
+    } else {
+      amx_steps<Blocks, false>(right, packed, block, begin, end, ahead);
     }
-    meanwhile();
+    if (part + 1 < kParts) meanwhile();
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);

@@ -35,8 +35,8 @@ void parallel_for(int64_t n, int64_t cost, const Body& body) {
   if (error) std::rethrow_exception(error);
 }
 
-// Each thread makes a worker, make(), and calls worker(i, next, after_next) for the i it gets, with the two it will get
-// after that (n: none): it can fetch what they need while it computes.
+// Each thread makes a worker, make(), and calls worker(i, next) for the i it gets, with the one it will get after that
+// (n: none): it can fetch what that needs while it computes.
 template <class Make>
 void parallel_workers(int64_t n, int64_t cost, const Make& make) {
   constexpr int64_t kWorthThreads = 1 << 16;
@@ -45,9 +45,7 @@ void parallel_workers(int64_t n, int64_t cost, const Make& make) {
   auto work = [&] {
     auto worker = make();
     auto take = [&] { return std::min(n, taken.fetch_add(1, std::memory_order_relaxed)); };
-    for (int64_t i = take(), next = take(), after_next = take(); i < n;
-         i = next, next = after_next, after_next = take())
-      worker(i, next, after_next);
+    for (int64_t i = take(), next = take(); i < n; i = next, next = take()) worker(i, next);
   };
   if (n <= 1 || n * cost < kWorthThreads || omp_get_max_threads() == 1 || omp_in_parallel()) return work();
 #pragma omp parallel

@@ -64,7 +64,7 @@ class Left {
  private:
 #if defined(__AMX_INT8__)
   static constexpr bool kPacks = true;
-  static constexpr int64_t kFewRows = 4;
+  static constexpr int64_t kFewRows = 0;  // the weight streams as fast into tiles as into vectors
 #elif defined(__AVX512VNNI__)
   static constexpr bool kPacks = true;
   static constexpr int64_t kFewRows = 8;
@@ -97,53 +97,5 @@ class Fetch {
   const Right* right_;
   int64_t row_, end_, line_, each_;
 };
-
-#if defined(__AMX_INT8__)
-// Copies a strip for the tile unit, a few lines with each of `calls` calls, and fetches what comes two cache pages
-// later, maybe from the strip after that.
-class StripCopy {
- public:
-  void start(const Right& right, int64_t strip, int64_t after, int8_t* to, int64_t calls) {
-    right_ = &right, first_ = strip * kStripRows, count_ = right.count(strip), to_ = to;
-    after_ = after * kStripRows, after_count_ = right.count(after);
-    lines_ = right.lines(), line_ = 0, row_ = count_ ? -1 : kStripRows;
-    ahead_rows_ = std::clamp<int64_t>(divide_up(kAheadBytes, std::max<int64_t>(1, right.columns)), 1, kStripRows);
-    each_ = divide_up(kStripRows * lines_, std::max<int64_t>(1, calls));
-    last_ = ~0ull >> (lines_ * 64 - right.columns);
-    if (lines_ > 0) next_row();
-  }
-  void some() {
-    for (int64_t i = 0; i < each_ && row_ < kStripRows; i++) copy_line();
-  }
-  void finish() {
-    while (lines_ > 0 && row_ < kStripRows) copy_line();
-  }
-
- private:
-  static constexpr int64_t kAheadBytes = 8192;
-
-  void next_row() {
-    line_ = 0, row_++;
-    from_ = right_->at(first_ + std::min(row_, count_ - 1));
-    int64_t ahead = row_ + ahead_rows_;
-    ahead_line_ = from_;
-    if (ahead < count_) ahead_line_ = right_->at(first_ + ahead);
-    if (ahead >= kStripRows && ahead - kStripRows < after_count_)
-      ahead_line_ = right_->at(after_ + ahead - kStripRows);
-  }
-  void copy_line() {
-    uint64_t present = row_ < count_ ? (line_ + 1 < lines_ ? ~0ull : last_) : 0;
-    prefetch(ahead_line_ + line_ * 64);
-    _mm512_store_si512(to_ + line_ * kTilePair + row_ * 64, _mm512_maskz_loadu_epi8(present, from_ + line_ * 64));
-    if (++line_ == lines_) next_row();
-  }
-
-  const Right* right_;
-  const int8_t *from_, *ahead_line_;
-  int8_t* to_;
-  int64_t first_, count_, after_, after_count_, ahead_rows_, lines_, line_, row_, each_;
-  uint64_t last_;
-};
-#endif
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

@@ -41,7 +41,7 @@ struct DotWorker {
     for (; f < count; f++) tile<Rows, 1>(m, first, f, nullptr);
   }
 
-  void operator()(int64_t strip, int64_t next_strip, int64_t) const {
+  void operator()(int64_t strip, int64_t next_strip) const {
     int64_t first = strip * kStripRows, next = next_strip * kStripRows, m = 0;
     int count = right.count(strip);
     if constexpr (kVectorBytes == 64)
@@ -83,7 +83,7 @@ struct PairSums {
   int at = 0, count = 0;
 
   template <class Put>
-  void put_some(const Put& put) {
+  void put_one(const Put& put) {
     int64_t first = at / 2 * kBlockRows;
     transpose_sums(sums + at * 256, int(std::min<int64_t>(kBlockRows, rows - first)),
                    [&](int r, Vector<int32_t> v) { put(m + first + r, at % 2, v); });
@@ -91,7 +91,7 @@ struct PairSums {
   }
   template <class Put>
   void put_all(const Put& put) {
-    while (at < count) put_some(put);
+    while (at < count) put_one(put);
   }
 };
 #endif
@@ -122,7 +122,7 @@ struct PackedWorker {
                                   excess + f, sums + f * kBlockRows, kStripRows * kBlockRows, [&] { fetch.some(); });
   }
 
-  void operator()(int64_t task, int64_t next, int64_t) {
+  void operator()(int64_t task, int64_t next) {
     Part part(left, right, blocks, task);
     int32_t excess[kStripRows];
     int f = 0;
@@ -150,8 +150,8 @@ struct PackedWorker {
 #elif defined(__AMX_INT8__)
 inline constexpr int64_t kLeftInCache = 1 << 20;
 
-// While the tile unit multiplies one pair of blocks, the sums of the pair before become outputs and the next strip is
-// copied.
+// Tiles are loaded from the right rows where they lie: the hardware prefetches rows that are read side by side. While
+// the tile unit multiplies one pair of blocks, the sums of the pair before become outputs.
 template <class Output>
 struct PackedWorker {
   const Left& left;
@@ -159,53 +159,61 @@ struct PackedWorker {
   const Output& output;
   int64_t blocks, steps;
   MatmulSession session;
-  int8_t* copies[2];
+  int8_t* copy;  // of a strip at the right factor's edge, zero-padded
   int32_t* sums[2];
-  StripCopy copy;
-  int current = 0;
-  int64_t copied = -1;  // the task whose strip is in copies[current]
 
   PackedWorker(const Left& left, const Right& right, const Output& output, int64_t blocks)
       : left(left), right(right), output(output), blocks(blocks), steps(left.padded() / kPackStep) {
     static thread_local Scratch::Block block;
     Scratch::plan(block, [&](Scratch& scratch) {
-      for (auto& each : copies) each = scratch.take<int8_t>(steps * kTilePair);
+      copy = scratch.take<int8_t>(kStripRows * left.padded());
       for (auto& each : sums) each = scratch.take<int32_t>(2 * kStripRows * kBlockRows);
     });
   }
 
-  int64_t strip(int64_t task) const {
-    return task < divide_up(left.blocks(), blocks) * right.strips() ? task % right.strips() : right.strips();
+  RightTiles tiles(const Part& part) const {
+    int64_t end = (part.first + kStripRows - 1) * right.row + left.padded();
+    if (part.count == kStripRows && end <= (right.rows - 1) * right.row + right.columns)
+      return {right.at(part.first), right.row, kPackStep, 16 * right.row};
+    for (int64_t r = 0; r < kStripRows; r++) {
+      int8_t* to = copy + r * left.padded();
+      int64_t present = r < part.count ? right.columns : 0;
+      std::copy_n(right.at(part.first + std::min<int64_t>(r, part.count - 1)), present, to);
+      std::fill(to + present, to + left.padded(), int8_t(0));
+    }
+    return {copy, left.padded(), kPackStep, 16 * left.padded()};
   }
 
-  void operator()(int64_t task, int64_t next, int64_t after_next) {
+  // The first lines of the rows of the next strip: the hardware fetches the rest of a row when it sees it begin. With
+  // more arithmetic to hide it behind, lines from all over the strip.
+  TilePrefetch prefetch(int64_t pairs, int64_t next) const {
+    int64_t first = next % right.strips() * kStripRows, lines = pairs * steps * TilePrefetch::kLines;
+    if (lines == 0 || first + kStripRows > right.rows) return {nullptr, nullptr, 0};
+    const int8_t* begin = right.at(first);
+    int64_t bytes = kStripRows * right.row, distance = std::max<int64_t>(1, bytes / lines / 64) * 64;
+    return {begin, begin + bytes, pairs == 1 ? right.row : distance};
+  }
+
+  void operator()(int64_t task, int64_t next) {
     Part part(left, right, blocks, task);
-    if (copied != task) {
-      copy.start(right, strip(task), strip(next), copies[current], 1);
-      copy.finish();
-    }
-    copy.start(right, strip(next), strip(after_next), copies[current ^ 1],
-               steps * divide_up(part.end - part.begin, 2));
+    RightTiles from = tiles(part);
+    TilePrefetch ahead = prefetch(divide_up(part.end - part.begin, 2), next);
     auto put = part.strip(output, left, right);
     PairSums before;
-    int64_t interval = std::max<int64_t>(1, steps / 4), step = 0;
     auto meanwhile = [&]() __attribute__((always_inline)) {
-      copy.some();
-      if (++step % interval == 0 && before.at < before.count) before.put_some(put);
+      if (before.at < before.count) before.put_one(put);
     };
     for (int64_t b = part.begin; b < part.end; b += 2) {
       int32_t* to = sums[b / 2 % 2];
       if (b + 2 <= part.end) {
-        amx_tile<2>(copies[current], left.block(b), left.block_bytes(), steps, to, meanwhile);
+        amx_tile<2>(from, left.block(b), left.block_bytes(), steps, to, ahead, meanwhile);
       } else {
-        amx_tile<1>(copies[current], left.block(b), 0, steps, to, meanwhile);
+        amx_tile<1>(from, left.block(b), 0, steps, to, ahead, meanwhile);
       }
       before.put_all(put);
       before = {to, b * kBlockRows, left.rows() - b * kBlockRows, 0, int(std::min<int64_t>(4, 2 * (part.end - b)))};
     }
     before.put_all(put);
-    copy.finish();
-    current ^= 1, copied = next;
   }
 };
 #endif

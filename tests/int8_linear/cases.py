@@ -96,4 +96,6 @@ def cases(draw: st.DrawFn, backend: Backend, **fixed: Any) -> Case:
     )
     if fixed.get("static"):
         fixed = {"outliers": None} | fixed
+    if fixed.get("outliers"):
+        fixed = {"static": False} | fixed
     return case.replace(**fixed)
