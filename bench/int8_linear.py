@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 linear at the layers of published models: W8A8 with activations quantised in the call, LLM.int8() over the number of
-outlier columns, and the transforms that prepare activations.
+"""int8 linear at the layers of published models: W8A8 with activations quantised in the call, LLM.int8() over the
+number of outlier columns, and the transforms that prepare activations.
 
 Peers get int8 weights packed beforehand. What depends on x, quantising it included, is timed.
 """
@@ -73,31 +73,68 @@ def bitsandbytes(threshold: float, inputs: Inputs) -> Call:
     return lambda: layer(x)
 
 
+def onnxruntime(inputs: Inputs) -> Call:
+    """ONNX Runtime's DynamicQuantizeMatMul: one scale for all of x, float32."""
+    import numpy as np
+    import onnx
+    import onnxruntime as runtime
+
+    x, features = inputs["x"].float(), len(inputs["weight"])
+    names = ["x", "weight", "scale", "zero"]
+    node = onnx.helper.make_node("DynamicQuantizeMatMul", names, ["y"], domain="com.microsoft")
+    constants = (inputs["weight"].t().contiguous(), inputs["scale"], torch.zeros(features, dtype=torch.int8))
+    graph = onnx.helper.make_graph(
+        [node],
+        "linear",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, list(x.shape))],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [len(x), features])],
+        [onnx.numpy_helper.from_array(t.numpy(), name) for t, name in zip(constants, names[1:], strict=True)],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    y = torch.empty(len(x), features)
+    binding = session.io_binding()
+    binding.bind_input("x", "cpu", 0, np.float32, list(x.shape), x.data_ptr())
+    binding.bind_output("y", "cpu", 0, np.float32, list(y.shape), y.data_ptr())
+
+    def call() -> torch.Tensor:
+        session.run_with_iobinding(binding)
+        return y
+
+    return call
+
+
 def case(layer: str, rows: int, outliers: int | None = None) -> Case:
+    """W8A8, or with a number of outlier columns LLM.int8()."""
     features, channels = LAYERS[layer]
     dtype = torch.bfloat16
     threshold = 0.0 if outliers is None else THRESHOLD
-    name = f"{layer}-m{rows}" + ("" if outliers is None else f"-outliers{outliers}")
+    peers = {"dense-bf16": functools.partial(dense, weight, dtype)}
     if outliers is None:
         curve = Curve(f"{layer}, W8A8", "rows of x", rows, "dense-bf16")
-        peers = {"dense-bf16": functools.partial(dense, weight, dtype), "int-mm": int_mm, "linear-dynamic": linear_dynamic}
-        if torch.cuda.is_available():
-            del peers["linear-dynamic"]
+        peers["int-mm"] = int_mm
+        if not torch.cuda.is_available():
+            peers["linear-dynamic"] = linear_dynamic
+            if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+                peers["ort"] = onnxruntime
     else:
         curve = Curve(f"{layer}, LLM.int8(), {rows} rows", "outlier columns", max(outliers, 0.5), "w8a8")
-        peers = {"w8a8": functools.partial(ours, 0.0), "dense-bf16": functools.partial(dense, weight, dtype)}
+        peers["w8a8"] = functools.partial(ours, 0.0)
     if importlib.util.find_spec("bitsandbytes"):
         peers["bitsandbytes"] = functools.partial(bitsandbytes, threshold)
     return Case(
-        name=name,
+        name=f"{layer}-m{rows}" + ("" if outliers is None else f"-outliers{outliers}"),
         make_inputs=functools.partial(make_inputs, layer, rows, dtype, outliers or 0),
         run=functools.partial(ours, threshold),
         bytes=features * channels + 4 * features + rows * (channels + features) * dtype.itemsize,
         flops=2 * rows * features * channels,
         dtype=torch.int8,
         peers=peers,
-        slow_peers=frozenset({"bitsandbytes"}),
-        inexact_peers=frozenset({"w8a8", "linear-dynamic"}),  # outliers widen the step of theirs
+        slow_peers=frozenset({"bitsandbytes", "ort"}),
+        inexact_peers=frozenset({"w8a8", "linear-dynamic", "ort"}),  # outliers, or one scale for x, widen their steps
         truth=functools.partial(truth, weight),
         tolerance=3e-2,
         curve=curve,
@@ -141,7 +178,8 @@ def transform_case(name: str, rows: int, columns: int) -> Case:
 
 def cases() -> list[Case]:
     sweep = [case("llama2-7b-gate", rows) for rows in ROWS]
-    layers = [case(layer, rows) for layer in ("llama2-7b-down", "llama3-8b-gate", "llama2-70b-gate") for rows in (1, 16, 64)]
+    others = ("llama2-7b-down", "llama3-8b-gate", "llama2-70b-gate")
+    layers = [case(layer, rows) for layer in others for rows in (1, 16, 64)]
     outliers = [case("llama2-7b-gate", rows, count) for rows in (1, 16) for count in (0, 1, 4, 16, 64, 256, 1024)]
     shapes = ((2048, 4096), (8192, 1024), (256, 32768), (2048, 10240))
     transforms = [

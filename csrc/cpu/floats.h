@@ -36,6 +36,14 @@ inline Vector<float> load_float(const Half* from) {
 
 inline void store_float(float* to, Vector<float> v) { store(to, v); }
 inline void store_float(BFloat16* to, Vector<float> v) {
+#if defined(__AVX512BF16__)
+  constexpr int kDenormal = 0x20;  // the instruction takes them for zeros
+  if (!_mm512_fpclass_ps_mask(__m512(v), kDenormal)) [[likely]] {
+    __m256bh rounded = _mm512_cvtneps_pbh(__m512(v));
+    std::memcpy(to, &rounded, sizeof rounded);
+    return;
+  }
+#endif
   using Bits = Vector<uint32_t>;
   Bits bits = bit_cast_vector<Bits>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   rounded = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16 | 0x40) : rounded;
