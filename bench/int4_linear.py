@@ -46,6 +46,7 @@ def ours(mode: str, inputs: Inputs) -> Call:
 
     x = inputs["x"]
     packed = torch_kernels.Int4Weight(inputs["qweight"], inputs["scales"], in_features=x.shape[1], group_size=GROUP)
+    packed.pack()
     return lambda: torch_kernels.int4_linear(x, packed, mode=mode)
 
 
@@ -110,6 +111,7 @@ def onnxruntime(mode: str, inputs: Inputs) -> Call:
     binding.bind_output("y", "cpu", 0, np.float32, list(y.shape), y.data_ptr())
 
     def call() -> torch.Tensor:
+        assert x is not None  # bound by its address
         session.run_with_iobinding(binding)
         return y
 
@@ -197,12 +199,13 @@ def cases() -> list[Case]:
         for rows in (1, 16, 64)
     ]
     float16 = [case("llama2-7b-gate", rows, "exact", torch.float16) for rows in (1, 16, 64)]
+    one_row = [case("llama2-7b-gate", 1, "fast", dtype) for dtype in (half, single)]
     falcon = [
         case(layer, rows, "exact", torch.float16, ("cuda",))
         for layer in ("falcon-180b-in", "falcon-180b-out")
         for rows in ROWS
     ]
-    return sweep + layers + float16 + falcon
+    return sweep + layers + float16 + one_row + falcon
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def dense(weight: Dense, dtype: torch.dtype, inputs: Inputs) -> Call:
 def onednn(weight: Dense, inputs: Inputs) -> Call:
     """The same in oneDNN's own order of the weights, which torch's compiler would prepare."""
     x, w = inputs["x"], weight(inputs).to(inputs["x"].dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), len(x))
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
     return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 

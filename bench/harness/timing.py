@@ -14,6 +14,7 @@ import torch
 from .case import Call
 
 SAMPLE_SECONDS = 2e-3  # a sample is at least this long, so that the clock's own cost vanishes
+REST_SECONDS = 5e-3  # threads of the contender before may still wait for work in a busy loop
 GRAPH_CALLS = 32  # calls per CUDA graph replay: the replay's own launch is spread over them
 
 Sampler = Callable[[], float]  # one sample: seconds per call
@@ -24,6 +25,7 @@ def cpu_sampler(calls: Sequence[Call]) -> Sampler:
     turn = itertools.cycle(calls)
 
     def sample(count: int) -> float:
+        time.sleep(REST_SECONDS)
         start = time.perf_counter()
         for _ in range(count):
             next(turn)()

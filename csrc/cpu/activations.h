@@ -10,18 +10,18 @@ namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
 // What rows of dtype X are multiplied as. The tile unit is so fast that floats are best cut into three bfloat16, and
 // halves into two, which sum to exactly the same; otherwise they are floats.
-template <class X, bool a8>
+template <class X, bool a8, bool tiles>
 struct Arithmetic;
-template <class X>
-struct Arithmetic<X, true> {
+template <class X, bool tiles>
+struct Arithmetic<X, true, tiles> {
   using Unit = std::conditional_t<kHasQuads, Quad, float>;
   static constexpr int kParts = 1;
 };
-template <class X>
-struct Arithmetic<X, false> {
+template <class X, bool tiles>
+struct Arithmetic<X, false, tiles> {
   static constexpr bool kBFloat16 = std::is_same_v<X, BFloat16>;
-  using Unit = std::conditional_t<kHasTiles || (kHasPairs && kBFloat16), Pair, float>;
-  static constexpr int kParts = !kHasTiles || kBFloat16 ? 1 : std::is_same_v<X, Half> ? 2 : 3;
+  using Unit = std::conditional_t<tiles || (kHasPairs && kBFloat16), Pair, float>;
+  static constexpr int kParts = !tiles || kBFloat16 ? 1 : std::is_same_v<X, Half> ? 2 : 3;
 };
 
 struct Quantization {
@@ -77,12 +77,12 @@ inline void split(const float* x, int count, int parts, BFloat16* to, int64_t pa
     }
 }
 
-// A block of rows, packed.
-template <class X, bool a8>
+// A block of rows, packed for the tile unit or for vectors.
+template <class X, bool a8, bool tiles>
 class Activations {
  public:
-  using Unit = typename Arithmetic<X, a8>::Unit;
-  static constexpr int kParts = Arithmetic<X, a8>::kParts;
+  using Unit = typename Arithmetic<X, a8, tiles>::Unit;
+  static constexpr int kParts = Arithmetic<X, a8, tiles>::kParts;
 
   // Columns of x are taken in the order of `perm` if it is given, -1 or garbage standing for a zero.
   Activations(const Tensor& x, const Tensor& perm, int span, bool totals)
@@ -126,6 +126,8 @@ class Activations {
     int64_t part_stride = int64_t(padded_) * span_units() * kUnitColumns<Unit>, index = span * padded_ + row;
     if (row >= count_) {
       for (int part = 0; part < kParts; part++) std::fill_n(to + part * padded_ * span_units(), span_units(), Unit{});
+      if (a8) scales_[index] = 0, starts_[index] = 0;
+      if (totals_) totals_of_[index] = 0;
       return;
     }
     X copy[kSpan];

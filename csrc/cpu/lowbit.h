@@ -59,6 +59,16 @@ struct RowSpan {
   const float* scale;    // [row], or null for 1
   const float* total;    // [row]: sum of x over the span; null if there are no zero points
   const int32_t* start;  // [row]: where integer sums with unsigned weights start; null for 0
+
+  RowSpan from(int first, int most) const {
+    RowSpan some = *this;
+    some.units += first * row;
+    some.count = std::min(count - first, most);
+    if (scale) some.scale += first;
+    if (total) some.total += first;
+    if (start) some.start += first;
+    return some;
+  }
 };
 
 // Scales of a block of weights over one span; zero = scale · zero point.
@@ -173,9 +183,10 @@ inline constexpr int kTileRows = 16;
 // units deep, as deep as the span.
 class TileSession {
  public:
-  explicit TileSession(int span_units) {
+  TileSession(int span_units, int row_count) {
     TileConfiguration configuration;
-    int depth = std::min(span_units, 16);
+    int depth = std::min(span_units, 16), rows = std::min(row_count, kTileRows);  // fewer rows take less time
+    for (int tile : {0, 2, 3}) configuration.rows[tile] = uint8_t(rows);
     for (int tile : {2, 3}) configuration.bytes_per_row[tile] = uint16_t(depth * 4);
     for (int tile : {4, 5, 6, 7}) configuration.rows[tile] = uint8_t(depth);
     asm volatile("" : : "r"(&configuration) : "memory");  // GCC's intrinsic does not say that it reads all of it
@@ -214,56 +225,69 @@ inline void multiply_tile(const RowSpan<Unit>& x, int parts, int row, SumOf<Unit
 }
 #undef TORCH_KERNELS_TILE_PRODUCT
 
-// As add_product, with signed weights. Rows are read in whole tiles: there must be memory for them.
-template <int Depth, bool row_scaled, bool zeros, class Unit>
-inline void add_tile_product(const RowSpan<Unit>& x, int parts, const Unit* panel, const FeatureScales& features,
-                             float* c) {
-  alignas(64) SumOf<Unit> sums[2][kTileRows * 16];
-  for (int first = 0; first < kFeatures; first += 16) {
-    constexpr int next = 16 * kFeatures, stride = kFeatures * 4;
-    _tile_loadd(4, panel + first, stride);
-    if constexpr (Depth > 1) _tile_loadd(5, panel + first + next, stride);
-    if constexpr (Depth > 2) _tile_loadd(6, panel + first + 2 * next, stride);
-    if constexpr (Depth > 2) _tile_loadd(7, panel + first + 3 * next, stride);
-    Vector<float> scale = load(features.scale + first), zero{};
-    if constexpr (zeros) zero = load(features.zero + first);
-    auto add = [&](int row, const SumOf<Unit>* sum) __attribute__((always_inline)) {
+// RowTiles tiles of rows and the whole panel. Sums are added while the unit works on the next two tiles: it is fast,
+// but answers late. Unrolled, because branches between tile instructions cost a third of the speed.
+template <int Depth, int RowTiles, bool row_scaled, bool zeros, class Unit>
+inline void add_tiles(const RowSpan<Unit>& x, int parts, int first_row, const Unit* panel,
+                      const FeatureScales& features, float* c) {
+  constexpr int kTiles = RowTiles * (kFeatures / 16), kBehind = 2, kRing = 4;
+  alignas(64) SumOf<Unit> ring[kRing][kTileRows * 16];
+#pragma GCC unroll 20
+  for (int tile = 0; tile < kTiles + kBehind; tile++) {
+    if (tile < kTiles) {
+      int row = first_row + tile % RowTiles * kTileRows;
+      if (tile % RowTiles == 0) {
+        constexpr int next = 16 * kFeatures, stride = kFeatures * 4;
+        const Unit* weights = panel + tile / RowTiles * 16;
+        _tile_loadd(4, weights, stride);
+        if constexpr (Depth > 1) _tile_loadd(5, weights + next, stride);
+        if constexpr (Depth > 2) _tile_loadd(6, weights + 2 * next, stride);
+        if constexpr (Depth > 2) _tile_loadd(7, weights + 3 * next, stride);
+      }
+      multiply_tile<Depth>(x, parts, row, ring[tile % kRing]);
+    }
+    if (tile >= kBehind) {
+      int done = tile - kBehind, row = first_row + done % RowTiles * kTileRows, first = done / RowTiles * 16;
+      const SumOf<Unit>* sums = ring[done % kRing];
+      Vector<float> scale = load(features.scale + first), zero{};
+      if constexpr (zeros) zero = load(features.zero + first);
       auto add_row = [&](int i) __attribute__((always_inline)) {
         float* at = c + (row + i) * kFeatures + first;
-        store(at, add_scaled<row_scaled, zeros>(load(at), load(sum + i * 16), scale, zero,
+        store(at, add_scaled<row_scaled, zeros>(load(at), load(sums + i * 16), scale, zero,
                                                 row_scaled ? x.scale[row + i] : 1.f, zeros ? x.total[row + i] : 0.f));
       };
-      if (row + kTileRows <= x.count) {
+      if (RowTiles > 1 || row + kTileRows <= x.count) {
 #pragma GCC unroll 16
         for (int i = 0; i < kTileRows; i++) add_row(i);
       } else {
         for (int i = 0; row + i < x.count; i++) add_row(i);
       }
-    };
-    // The tile unit works on one tile of sums while the one before is added.
-    int row = 0, current = 0;
-    multiply_tile<Depth>(x, parts, 0, sums[0]);
-    for (; row + kTileRows < x.count; row += kTileRows, current ^= 1) {
-      multiply_tile<Depth>(x, parts, row + kTileRows, sums[current ^ 1]);
-      add(row, sums[current]);
     }
-    add(row, sums[current]);
   }
 }
 
+// As add_product, with signed weights and any number of parts. Rows of x and c are there in whole tiles.
 template <bool row_scaled, bool zeros, class Unit>
 inline void add_tile_product(const RowSpan<Unit>& x, int parts, const Unit* panel, const FeatureScales& features,
                              float* c) {
+  auto product = [&]<int Depth>() {
+    int row = 0;
+    for (; row + 4 * kTileRows <= x.count; row += 4 * kTileRows)
+      add_tiles<Depth, 4, row_scaled, zeros>(x, parts, row, panel, features, c);
+    for (; row + kTileRows < x.count; row += 2 * kTileRows)
+      add_tiles<Depth, 2, row_scaled, zeros>(x, parts, row, panel, features, c);
+    if (row < x.count) add_tiles<Depth, 1, row_scaled, zeros>(x, parts, row, panel, features, c);
+  };
   int units = x.octets * kOctetUnits<Unit>;
-  if (units <= 16) return add_tile_product<1, row_scaled, zeros>(x, parts, panel, features, c);
-  if (units <= 32) return add_tile_product<2, row_scaled, zeros>(x, parts, panel, features, c);
-  add_tile_product<4, row_scaled, zeros>(x, parts, panel, features, c);
+  if (units <= 16) return product.template operator()<1>();
+  if (units <= 32) return product.template operator()<2>();
+  product.template operator()<4>();
 }
 #else
 inline constexpr bool kHasTiles = false;
 inline constexpr int kTileRows = 1;
 struct TileSession {
-  explicit TileSession(int) {}
+  TileSession(int, int) {}
 };
 #endif
 

@@ -14,7 +14,7 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
 inline constexpr int kOctetBytes = kFeatures * kOctet / 2;
-inline constexpr int kPrefetchBytes = 2048;  // how far ahead of its use a weight is fetched from memory
+inline constexpr int kPrefetchBytes = 4096;  // how far ahead of its use a weight is fetched from memory
 
 // The order in which quads hold the columns of an octet.
 inline uint64_t quad_order(uint64_t octet) {

@@ -26,4 +26,14 @@ inline void load_scales(const Tensor& scales, const Tensor& zeros, int64_t offse
   }
 }
 
+// Scales of one block lie far apart, where the processor does not expect them.
+inline void prefetch_scales(const Tensor& scales, const Tensor& zeros, int64_t offset) {
+  for (const Tensor* tensor : {&scales, &zeros}) {
+    if (!*tensor) continue;
+    int64_t size = size_of(tensor->dtype);
+    const char* from = static_cast<const char*>(tensor->data) + offset * size;
+    for (int64_t byte = 0; byte < kFeatures * size; byte += 64) prefetch(from + byte);
+  }
+}
+
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

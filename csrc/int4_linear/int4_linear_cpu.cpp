@@ -11,9 +11,14 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
 
-template <class X, bool a8>
+constexpr int kPassRows = 64;             // rows whose sums stay in the L1 cache
+constexpr int kScalesAhead = 2;           // spans between fetching scales and using them
+constexpr int64_t kRowBytes = 768 << 10;  // rows that stay in the L2 cache
+
+// A row's bits are those of the tile unit or of vectors, however few rows there are; integers are exact in both.
+template <class X, bool a8, bool tiles>
 class Forward {
-  using Rows = Activations<X, a8>;
+  using Rows = Activations<X, a8, tiles>;
   using Unit = typename Rows::Unit;
 
  public:
@@ -38,68 +43,74 @@ class Forward {
   }
 
  private:
-  // As many rows as stay in the L2 cache, but enough to be worth unpacking the weights.
+  // As many rows as stay in the cache, but enough to be worth unpacking the weights.
   int64_t rows_together() const {
-    constexpr int64_t kCacheBytes = 1 << 20;
-    return std::clamp<int64_t>(kCacheBytes / std::max<int64_t>(1, rows.row_bytes()) / 32 * 32, 64, 256);
+    int64_t rows_in_cache = kRowBytes / std::max<int64_t>(1, rows.row_bytes());
+    return std::clamp<int64_t>(rows_in_cache / kPassRows * kPassRows, kPassRows, 4 * kPassRows);
   }
 
-  bool in_registers() const {
-    if (kHasTiles && !a8) return false;  // a row's bits are those of the tile unit, however few rows there are
-    return row_count <= kMostRows;
+  bool in_registers() const { return (a8 || !tiles) && row_count <= kMostRows; }
+
+  // Where block b's scales of a span are; the next block follows on the last span.
+  int64_t scales_at(int64_t b, int64_t s) const {
+    return s % rows.spans() * span / group * p.out_features + (b + s / rows.spans()) * kFeatures;
   }
+
+  // Scratch of a thread.
+  struct Work {
+    float* sums;  // [kPassRows][kFeatures]
+    Unit* panel;
+    FeatureScales features;
+  };
 
   void multiply(int64_t begin, int64_t end) const {
     static thread_local Scratch::Block block;
-    float* sums;
-    Unit* panel;
+    Work work;
     Scratch::plan(block, [&](Scratch& scratch) {
-      sums = scratch.take<float>(int64_t(row_count) * kFeatures);
-      panel = scratch.take<Unit>(kSpan / kUnitColumns<Unit> * kFeatures);
+      work.sums = scratch.take<float>(kPassRows * kFeatures);
+      work.panel = scratch.take<Unit>(kSpan / kUnitColumns<Unit> * kFeatures);
     });
-    if (in_registers()) {
-      for (int64_t b = begin; b < end; b++)
-        sum_block(b, sums, [&](const auto& x, const uint8_t* bytes, auto zeros, const FeatureScales& features) {
-          add_product<a8, zeros()>(x, Nibbles<Unit>{bytes}, features, sums);
-        });
-      return;
-    }
-    [[maybe_unused]] TileSession session(span / kUnitColumns<Unit>);
+    [[maybe_unused]] TileSession session(span / kUnitColumns<Unit>, row_count);
     for (int64_t b = begin; b < end; b++)
-      sum_block(b, sums, [&](const auto& x, const uint8_t* bytes, auto zeros, const FeatureScales& features) {
-        unpack_panel<kHasTiles>(Nibbles<Unit>{bytes}, x.octets, panel);
-        if constexpr (kHasTiles) {
-          add_tile_product<a8, zeros()>(x, Rows::kParts, panel, features, sums);
+      for (int first = 0; first < row_count; first += kPassRows) {
+        if (p.zeros) {
+          pass<true>(b, first, work);
         } else {
-          add_product<a8, zeros()>(x, Panel<Unit>{panel}, features, sums);
+          pass<false>(b, first, work);
         }
-      });
+      }
   }
 
-  // Adds up all spans of a block of features with `add`, and writes the block's outputs.
-  template <class Add>
-  void sum_block(int64_t b, float* sums, const Add& add) const {
+  // Rows from `first_of_pass` on times block b.
+  template <bool zeros>
+  void pass(int64_t b, int first_of_pass, Work& work) const {
     int64_t first = b * kFeatures;
     int count = int(std::min<int64_t>(kFeatures, p.out_features - first));
+    int pass_rows = std::min(row_count - first_of_pass, kPassRows);
     const uint8_t* bytes = static_cast<const uint8_t*>(p.weight.data) + b * p.weight.stride[0];
-    std::fill_n(sums, row_count * kFeatures, 0.f);
-    FeatureScales features;
+    std::fill_n(work.sums, pass_rows * kFeatures, 0.f);
     for (int64_t s = 0; s < rows.spans(); s++) {
-      int64_t offset = s * span / group * p.out_features + first;
-      load_scales(p.scales, p.zeros, offset, count, features);
-      const uint8_t* span_bytes = bytes + s * span / kOctet * kOctetBytes;
-      if (p.zeros) {
-        add(rows.span(s), span_bytes, std::true_type{}, features);
+      load_scales(p.scales, p.zeros, scales_at(b, s), count, work.features);
+      prefetch_scales(p.scales, p.zeros, scales_at(b, s + kScalesAhead));
+      RowSpan<Unit> x = rows.span(s).from(first_of_pass, kPassRows);
+      Nibbles<Unit> nibbles{bytes + s * span / kOctet * kOctetBytes};
+      if (in_registers()) {
+        add_product<a8, zeros>(x, nibbles, work.features, work.sums);
+        continue;
+      }
+      unpack_panel<tiles>(nibbles, x.octets, work.panel);
+      if constexpr (tiles) {
+        add_tile_product<a8, zeros>(x, Rows::kParts, work.panel, work.features, work.sums);
       } else {
-        add(rows.span(s), span_bytes, std::false_type{}, features);
+        add_product<a8, zeros>(x, Panel<Unit>{work.panel}, work.features, work.sums);
       }
     }
     float bias[kFeatures];
     if (p.bias) load_features(p.bias, first, count, bias);
-    for (int row = 0; row < row_count; row++) {
-      float* sum = sums + row * kFeatures;
+    for (int row = 0; row < pass_rows; row++) {
+      float* sum = work.sums + row * kFeatures;
       for (int n = 0; p.bias && n < kFeatures; n++) sum[n] += bias[n];
-      convert(sum, p.out.at<X>(first_row + row, first), count);
+      convert(sum, p.out.at<X>(first_row + first_of_pass + row, first), count);
     }
   }
 
@@ -113,8 +124,10 @@ class Forward {
 
 template <class X>
 void forward(const Int4LinearParams& params) {
-  if (params.mode == Int4Mode::a8) return Forward<X, true>(params).run();
-  Forward<X, false>(params).run();
+  bool one_row = params.out.size[0] == 1;  // vectors are faster than tiles
+  if (params.mode == Int4Mode::a8) return Forward<X, true, kHasTiles>(params).run();
+  if (params.mode == Int4Mode::fast && one_row) return Forward<X, false, false>(params).run();
+  Forward<X, false, kHasTiles>(params).run();
 }
 
 }  // namespace
