@@ -102,12 +102,11 @@ inline void multiply_base(float* x, int64_t power, const Put& put) {
   };
   int64_t i = 0;
   for (; i + kLanes<float> <= power; i += kLanes<float>) segment(i, [&](int64_t at) { return load(x + at); }, put);
-  for (; i < power; i++)
-    segment(i, [&](int64_t at) { return x[at]; }, [&](int64_t at, float v) { x[at] = v; });
+  for (; i < power; i++) segment(i, [&](int64_t at) { return x[at]; }, [&](int64_t at, float v) { x[at] = v; });
 }
 
-// x · H for a row of n numbers: get(i) reads x as a vector from i on, put(i, v) takes the result as vectors, padded at the
-// end where n is no multiple of them. `row` is room for n floats.
+// x · H for a row of n numbers: get(i) reads x as a vector from i on, put(i, v) takes the result as vectors, padded at
+// the end where n is no multiple of them. `row` is room for n floats.
 template <class Get, class Put>
 inline void hadamard(int64_t n, const Get& get, float* row, const Put& put) {
   int64_t base = n % 20 == 0 && std::has_single_bit(uint64_t(n / 20))   ? 20
