@@ -158,8 +158,9 @@ void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_
   launch_kernel(false, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
-// For a kernel that calls ptx::wait_for_previous_kernel() before it reads or writes global memory: on sm_90 and later
-// it starts when all blocks of the stream's previous kernel have called ptx::let_next_kernel_start() or ended.
+// For a kernel that calls ptx::wait_for_previous_kernel() before it writes global memory or reads what the stream's
+// previous kernel may have written: on sm_90 and later it starts when all blocks of that kernel have called
+// ptx::let_next_kernel_start() or ended.
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* stream,
                   Arguments&&... arguments) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cuda/floats.cuh"
 #include "int8_linear/kernels.h"
 #include "int8_linear/quantize.cuh"
 
@@ -50,18 +51,9 @@ void launch_rotate(const RotateWork& work, bool quantize, const Context& context
     launch(rotate_kernel<kBase, false>, grid, block, shared, context.stream, work);
 }
 
-// --- Short rows: every element is a sum over the row ---
+// --- The shortest rows: every element is a sum over the row ---
 
 constexpr int kShortThreads = 256;
-
-DEVICE void write_float(const Tensor& out, int64_t i, float value) {
-  if (out.dtype == DType::float16)
-    out.at<__half>()[i] = from_float<__half>(value);
-  else if (out.dtype == DType::bfloat16)
-    out.at<__nv_bfloat16>()[i] = from_float<__nv_bfloat16>(value);
-  else
-    out.at<float>()[i] = value;
-}
 
 __global__ void __launch_bounds__(kShortThreads)
     rotate_short_kernel(RotateWork work, int base, int rows, bool quantize) {
@@ -70,8 +62,8 @@ __global__ void __launch_bounds__(kShortThreads)
   int64_t row0 = int64_t(blockIdx.x) * rows;
   int count = int(min(int64_t(rows), work.x.size[0] - row0)) * n;
   for (int i = threadIdx.x; i < count; i += kShortThreads) {
-    float value = load_float(work.x.data, work.x.dtype, (row0 + i / n) * work.x.stride[0] + i % n);
-    if (work.signs) value *= load_float(work.signs.data, work.signs.dtype, i % n * work.signs.stride[0]);
+    float value = load_float(work.x, row0 + i / n, i % n);
+    if (work.signs) value *= work.signs[i % n];
     x[i] = value;
   }
   __syncthreads();
@@ -86,15 +78,14 @@ __global__ void __launch_bounds__(kShortThreads)
       sum += negative ? -value : value;
     }
     sum *= work.factor;
-    if (work.smooth)
-      sum = __fdiv_rn(sum, load_float(work.smooth.data, work.smooth.dtype, column * work.smooth.stride[0]));
+    if (work.smooth) sum = __fdiv_rn(sum, work.smooth[column]);
     y[i] = sum;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += kShortThreads) {
     float value = y[i];
     if (!quantize) {
-      write_float(work.out, row0 * n + i, value);
+      store_float(work.out, value, row0 + i / n, i % n);
       continue;
     }
     unsigned largest = 0;
@@ -109,8 +100,8 @@ __global__ void __launch_bounds__(kShortThreads)
 
 // Combines kOrder neighbouring pieces of `length` elements, in place. The last call has whole rows: it writes `out`.
 template <int kOrder>
-__global__ void __launch_bounds__(256)
-    combine_kernel(float* pieces, int64_t count, int64_t length, bool last, Tensor out, float factor, Tensor smooth) {
+__global__ void __launch_bounds__(256) combine_kernel(float* pieces, int64_t count, int64_t length, bool last,
+                                                      Tensor out, float factor, const float* smooth) {
   int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count) return;
   int64_t at = i / length * kOrder * length + i % length;
@@ -126,8 +117,8 @@ __global__ void __launch_bounds__(256)
     }
     float value = values[j] * factor;
     int64_t column = i % length + j * length;
-    if (smooth) value = __fdiv_rn(value, load_float(smooth.data, smooth.dtype, column * smooth.stride[0]));
-    write_float(out, at + j * length, value);
+    if (smooth) value = __fdiv_rn(value, smooth[column]);
+    store_float(out, value, i / length, column);
   }
 }
 
@@ -175,7 +166,7 @@ void rotate(RotateWork work, bool quantize, const Context& context) {
   if (work.out.elements() == 0) return;
   Factors factors = factors_of(work.x.size[1]);
   work.pieces = 1, work.aligned = aligned_to(work.x, 16);
-  if (factors.base == 1 ? factors.power < 7 : factors.power < 4) {
+  if (factors.base == 1 ? factors.power < 5 : factors.power < 2) {
     int n = int(work.x.size[1]), rows = std::max(1, kShortThreads / n);
     work.power = factors.power;
     launch(rotate_short_kernel, dim3(unsigned((work.x.size[0] + rows - 1) / rows)), dim3(kShortThreads),
@@ -206,7 +197,9 @@ void hadamard_transform(const HadamardParams& p, const Context& context) {
 
 void rotate_quantize(const RotateQuantizeParams& p, const Context& context) {
   RotateWork work = {};
-  work.x = p.x, work.out = p.q, work.signs = p.signs, work.smooth = p.smooth;
+  work.x = p.x, work.out = p.q;
+  work.signs = p.signs ? p.signs.at<const float>() : nullptr;
+  work.smooth = p.smooth ? p.smooth.at<const float>() : nullptr;
   work.factor = float(1 / std::sqrt(double(p.x.size[1])));
   work.scale = p.scale.at<float>(), work.x_scale = p.x_scale ? p.x_scale.at<const float>() : nullptr;
   work.levels = (1 << (p.bits - 1)) - 1;

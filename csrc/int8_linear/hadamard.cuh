@@ -2,8 +2,10 @@
 // The Hadamard transform of rows, in float32: y = x H with H = H_base (x) H_power, base 1, 12 or 20, power a power of
 // two in Sylvester's order. Both factors are symmetric.
 //
-// A thread takes elements from global memory, transforms those index bits that its registers span, and the row goes
-// through shared memory to threads whose registers span other bits, until all are done; the last ones write.
+// A thread takes elements from global memory and transforms those index bits that its registers span. In short rows
+// the few bits left are those of neighbouring lanes, which exchange values. Longer rows go through shared memory to
+// threads whose registers span other bits, up to five at a time, until all are done: a trip costs as much as the
+// exchange of two bits. The last threads write.
 #pragma once
 #include "int8_linear/rows.cuh"
 
@@ -27,8 +29,8 @@ struct RotateWork {
   int pieces;            // of a row, each transformed by itself
   int power;             // a piece has kBase << power elements
   float factor;          // multiplies the transform
-  Tensor signs;          // [n], multiplies x; or absent
-  Tensor smooth;         // [n], divides the result; or absent
+  const float* signs;    // [n], multiplies x; or null
+  const float* smooth;   // [n], divides the result; or null
   float* scale;          // [M], when quantised
   const float* x_scale;  // the scale of every row; or null
   int levels;            // the largest integer
@@ -87,6 +89,7 @@ struct RotateBlock {
   static constexpr bool kPower = kBase == 4;
   static constexpr int kWide = kPower ? 8 : 4, kWideBits = kPower ? 3 : 2, kElements = kBase * kWide;
   static constexpr int kBits = kPower ? 5 : 4, kTasks = kElements >> kBits;
+  static constexpr int kLaneBits = 2;  // at most, of a short row
 
   // Where element i lies in shared memory: shifts that keep the accesses below free of bank conflicts. Additive for
   // indices that share no bit.
@@ -117,6 +120,9 @@ struct RotateBlock {
       for (int i = 0; i < kWide; i++) values[b * kWide + i] = packs[b][i];
   }
 
+  // Where values[i] lies in the piece when it comes from memory.
+  DEVICE int first_position(int i) const { return (i / kWide << work.power) + thread * kWide + i % kWide; }
+
   // The bits of the base and the lowest ones.
   DEVICE void first_pass() {
     if (work.x.dtype == DType::float16)
@@ -126,20 +132,37 @@ struct RotateBlock {
     else
       load<float>();
     if (work.signs) {
+      bool aligned = reinterpret_cast<uint64_t>(work.signs) % 16 == 0;
 #pragma unroll
-      for (int i = 0; i < kElements; i++) {
-        int at = column + (i / kWide << work.power) + thread * kWide + i % kWide;
-        values[i] *= load_float(work.signs.data, work.signs.dtype, at * work.signs.stride[0]);
+      for (int b = 0; b < kBase; b++) {
+        Pack<float, kWide> signs;
+        signs.load(work.signs + column + first_position(b * kWide), kWide, aligned);
+#pragma unroll
+        for (int i = 0; i < kWide; i++) values[b * kWide + i] *= signs[i];
       }
     }
 #pragma unroll
     for (int b = 0; b < kBase; b++) transform_base<kWide, 1>(values, b * kWide);
 #pragma unroll
     for (int i = 0; i < kWide; i++) transform_base<kBase, kWide>(values, i);
+  }
+
+  // The bits in which lanes of a short row differ.
+  DEVICE void lane_pass() {
+#pragma unroll 1
+    for (int step = 1; step < int(blockDim.x); step *= 2)
+#pragma unroll
+      for (int i = 0; i < kElements; i++) {
+        float other = __shfl_xor_sync(0xffffffffu, values[i], step);
+        values[i] = thread & step ? other - values[i] : values[i] + other;
+      }
+    finish<kWide>([&](int i) { return first_position(i); });
+  }
+
+  DEVICE void to_shared() const {
 #pragma unroll
     for (int i = 0; i < kElements; i += 4)
-      shared.store(place((i / kWide << work.power) + thread * kWide + i % kWide),
-                   make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
+      shared.store(place(first_position(i)), make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
     __syncthreads();
   }
 
@@ -198,90 +221,89 @@ struct RotateBlock {
     __syncthreads();
   }
 
-  template <int kStart, int kCount, class T>
-  DEVICE void write_floats() {
-    constexpr int kStep = kAdjacent<kStart, kCount>;
+  template <int kStart, int kCount>
+  DEVICE void last_pass() {
+    pass<kStart, kCount>();
+    finish<kAdjacent<kStart, kCount>>([&](int i) {
+      return first_element<kStart, kCount>(i >> kBits) + element<kStart, kCount>(i & ((1 << kBits) - 1));
+    });
+  }
+
+  // Scales and writes. values[i] to values[i + kStep - 1], i a multiple of kStep, are neighbours in the piece, the
+  // first one at position(i).
+  template <int kStep, class Position>
+  DEVICE void finish(Position position) {
+#pragma unroll
+    for (int i = 0; i < kElements; i++) values[i] *= work.factor;
+    if constexpr (kQuantize) {
+      if (work.smooth) {
+#pragma unroll
+        for (int i = 0; i < kElements; i++)
+          values[i] = __fdiv_rn(values[i], work.smooth[column + position(i / kStep * kStep) + i % kStep]);
+      }
+      write_integers<kStep>(position);
+    } else if (work.out.dtype == DType::float16) {
+      write_floats<kStep, __half>(position);
+    } else if (work.out.dtype == DType::bfloat16) {
+      write_floats<kStep, __nv_bfloat16>(position);
+    } else {
+      write_floats<kStep, float>(position);
+    }
+  }
+
+  template <int kStep, class T, class Position>
+  DEVICE void write_floats(Position position) const {
     T* to = work.out.at<T>() + piece * length;
     if (!live) return;
 #pragma unroll
-    for (int task = 0; task < kTasks; task++)
+    for (int i = 0; i < kElements; i += kStep) {
+      unsigned words[kStep];
 #pragma unroll
-      for (int r = 0; r < 1 << kBits; r += kStep) {
-        const float* value = values + (task << kBits) + r;
-        unsigned words[kStep];
-#pragma unroll
-        for (int i = 0; i < kStep; i++) {
-          if constexpr (sizeof(T) == 4)
-            words[i] = __float_as_uint(value[i]);
-          else if (i % 2 == 0)
-            words[i / 2] = pack<T>(value[i], kStep > 1 ? value[i + (kStep > 1)] : 0.f);
-        }
-        store_words<kStep* int(sizeof(T))>(to + first_element<kStart, kCount>(task) + element<kStart, kCount>(r),
-                                           words);
+      for (int j = 0; j < kStep; j++) {
+        if constexpr (sizeof(T) == 4)
+          words[j] = __float_as_uint(values[i + j]);
+        else if (j % 2 == 0)
+          words[j / 2] = pack<T>(values[i + j], kStep > 1 ? values[i + j + (kStep > 1)] : 0.f);
       }
+      store_words<kStep* int(sizeof(T))>(to + position(i), words);
+    }
   }
 
-  template <int kStart, int kCount>
-  DEVICE void write_integers() {
-    constexpr int kStep = kAdjacent<kStart, kCount>;
+  template <int kStep, class Position>
+  DEVICE void write_integers(Position position) const {
     unsigned largest = 0;
 #pragma unroll
     for (int i = 0; i < kElements; i++) largest = max(largest, magnitude_bits(values[i]));
-    int warps = int(blockDim.x * blockDim.y) / 32;
-    largest = row_maximum(
-        largest, shared_array<unsigned>(blockDim.y * row_words(work.power) * 4, size_t(warps > 0 ? warps : 1)));
+    size_t warps = max(blockDim.x * blockDim.y / 32, 1u);
+    largest = row_maximum(largest, shared_array<unsigned>(blockDim.y * row_words(work.power) * 4, warps));
     float scale = row_scale(largest, work.x_scale, work.levels);
     if (!live) return;
     if (thread == 0) work.scale[row] = scale;
     RowSteps steps(scale, work.levels);
     int8_t* to = work.out.at<int8_t>() + piece * length;
 #pragma unroll
-    for (int task = 0; task < kTasks; task++)
+    for (int i = 0; i < kElements; i += kStep) {
+      unsigned words[(kStep + 3) / 4];
+      if constexpr (kStep >= 4) {
 #pragma unroll
-      for (int r = 0; r < 1 << kBits; r += kStep) {
-        const float* value = values + (task << kBits) + r;
-        unsigned words[(kStep + 3) / 4];
-        if constexpr (kStep >= 4) {
-#pragma unroll
-          for (int i = 0; i < kStep; i += 4)
-            words[i / 4] = pack_bytes(steps(value[i]), steps(value[i + 1]), steps(value[i + 2]), steps(value[i + 3]));
-        } else {
-          words[0] = steps(value[0]);
-          if constexpr (kStep == 2) words[0] = ptx::prmt(words[0], steps(value[1]), 0x0040);
-        }
-        store_words<kStep>(to + first_element<kStart, kCount>(task) + element<kStart, kCount>(r), words);
+        for (int j = 0; j < kStep; j += 4)
+          words[j / 4] = pack_bytes(steps(values[i + j]), steps(values[i + j + 1]), steps(values[i + j + 2]),
+                                    steps(values[i + j + 3]));
+      } else {
+        words[0] = steps(values[i]);
+        if constexpr (kStep == 2) words[0] = ptx::prmt(words[0], steps(values[i + 1]), 0x0040);
       }
-  }
-
-  template <int kStart, int kCount>
-  DEVICE void last_pass() {
-    pass<kStart, kCount>();
-#pragma unroll
-    for (int i = 0; i < kElements; i++) values[i] *= work.factor;
-    if constexpr (kQuantize) {
-      if (work.smooth) {
-#pragma unroll
-        for (int i = 0; i < kElements; i++) {
-          int at = column + first_element<kStart, kCount>(i >> kBits) + element<kStart, kCount>(i & ((1 << kBits) - 1));
-          values[i] = __fdiv_rn(values[i], load_float(work.smooth.data, work.smooth.dtype, at * work.smooth.stride[0]));
-        }
-      }
-      write_integers<kStart, kCount>();
-    } else if (work.out.dtype == DType::float16) {
-      write_floats<kStart, kCount, __half>();
-    } else if (work.out.dtype == DType::bfloat16) {
-      write_floats<kStart, kCount, __nv_bfloat16>();
-    } else {
-      write_floats<kStart, kCount, float>();
+      store_words<kStep>(to + position(i), words);
     }
   }
 
   DEVICE void run() {
     first_pass();
+    if (work.power <= kWideBits + kLaneBits) return lane_pass();
+    to_shared();
     if constexpr (kPower) {
       if (work.power > 8) middle_pass<3>();
       switch (work.power) {
-        case 5: return last_pass<3, 2>();
         case 6: return last_pass<3, 3>();
         case 7: return last_pass<3, 4>();
         case 8: return last_pass<3, 5>();
@@ -295,7 +317,6 @@ struct RotateBlock {
       if (work.power > 6) middle_pass<2>();
       if (work.power > 10) middle_pass<6>();
       switch (work.power) {
-        case 4: return last_pass<2, 2>();
         case 5: return last_pass<2, 3>();
         case 6: return last_pass<2, 4>();
         case 7: return last_pass<6, 1>();

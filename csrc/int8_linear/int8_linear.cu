@@ -2,6 +2,7 @@
 // int8_linear: rows of x become int8 in a workspace, then one kernel multiplies, scales, adds the columns of x that
 // were too large for int8 as the floats they are, adds the bias and rounds once. Nothing about the outliers reaches the
 // host.
+#include "cuda/floats.cuh"
 #include "int8_linear/gemm.cuh"
 #include "int8_linear/kernels.h"
 #include "int8_linear/quantize.cuh"
@@ -43,7 +44,7 @@ struct LinearTile : Int8Tile<kRowTile> {
     if (thread < kInt8FeatureTile) {
       bool exists = feature < work.product.weight.rows;
       weight_scales[thread] = exists ? *scale.template at<const float>(feature) : 0.f;
-      biases[thread] = exists && bias ? load_float(bias.data, bias.dtype, feature * bias.stride[0]) : 0.f;
+      biases[thread] = exists && bias ? load_float(bias, feature) : 0.f;
     }
     if (thread < kRowTile) row_scales[thread] = row < work.product.x.rows ? work.row_scale[row] : 0.f;
   }
@@ -118,7 +119,7 @@ struct LinearTile : Int8Tile<kRowTile> {
         for (int i = thread; i < count * kRowTile; i += kInt8Threads) {
           int64_t row = row0 + i % kRowTile;
           int column = list[first + i / kRowTile];
-          x[i] = row < call.x.size[0] ? load_float(call.x.data, call.x.dtype, row * call.x.stride[0] + column) : 0.f;
+          x[i] = row < call.x.size[0] ? load_float(call.x, row, column) : 0.f;
         }
         for (int i = thread; i < count * kInt8FeatureTile; i += kInt8Threads) {
           int64_t feature = feature0 + i % kInt8FeatureTile;

@@ -217,8 +217,8 @@ void int8_linear_backward(const BackwardParams& p, const Context& context) {
   }
   // In slabs of rows that bound the workspace.
   int64_t padded = (features + kDepth - 1) / kDepth * kDepth;
-  int64_t slab =
-      std::clamp<int64_t>((int64_t(64) << 20) / (4 * std::max<int64_t>(padded, 1)) / kRows * kRows, kRows, rows);
+  int64_t slab = std::max<int64_t>((int64_t(64) << 20) / (4 * std::max<int64_t>(padded, 1)) / kRows, 1) * kRows;
+  slab = std::min(slab, rows);
   auto* parts = static_cast<__nv_bfloat16*>(context.allocate(2 * slab * padded * 2));
   for (int64_t row = 0; row < rows; row += slab) {
     BackwardParams part = p;

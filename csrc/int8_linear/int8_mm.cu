@@ -42,9 +42,10 @@ void int8_mm(const Int8MmParams& p, const Context& context) {
     launch(clear_counters_kernel, dim3(unsigned(plan.counter_count() + 255) / 256), dim3(256), 0, context.stream,
            product.counters, int(plan.counter_count()));
   }
+  // The product reads b before it waits: only our own kernel, which does not write b, may still be running then.
   with_row_tile(plan, [&]<int kRowTile>() {
-    launch_early(int8_mm_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads),
-                 Int8Tile<kRowTile>::kShared, context.stream, product, p.out.at<int>());
+    launch_kernel(plan.splits > 1, int8_mm_kernel<kRowTile>, dim3(unsigned(plan.blocks())), dim3(kInt8Threads),
+                  Int8Tile<kRowTile>::kShared, context.stream, product, p.out.at<int>());
   });
 }
 

@@ -166,7 +166,7 @@ struct RowQuantizer {
 };
 
 template <class T, bool kFind>
-__global__ void __launch_bounds__(512, kFind ? 1 : 2)
+__global__ void __launch_bounds__(512, kFind || sizeof(T) == 4 ? 1 : 2)
     quantize_rows_kernel(QuantizeRows p, bool x_aligned, bool q_aligned) {
   ptx::let_next_kernel_start();
   RowQuantizer<T, kFind>(p, x_aligned, q_aligned).run();

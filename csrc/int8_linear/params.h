@@ -49,8 +49,8 @@ struct RotateQuantizeParams {
   Tensor q;        // [M, n] int8, contiguous
   Tensor scale;    // [M] float32
   Tensor x;        // [M, n], last stride 1
-  Tensor signs;    // [n], +1 or -1; or absent
-  Tensor smooth;   // [n], divides after the transform; or absent
+  Tensor signs;    // [n] float32, +1 or -1; or absent
+  Tensor smooth;   // [n] float32, divides after the transform; or absent
   Tensor x_scale;  // [1] float32: the scale of every row; or absent
   int64_t bits;    // 2..8
 };

@@ -20,13 +20,6 @@ void with_element(DType dtype, Run&& run) {
     run.template operator()<float>();
 }
 
-// One element of a tensor of floats of any width.
-DEVICE float load_float(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::float16) return __half2float(static_cast<const __half*>(data)[i]);
-  if (dtype == DType::bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-  return static_cast<const float*>(data)[i];
-}
-
 inline bool aligned_to(const Tensor& rows, uint64_t bytes) {
   uint64_t stride = rows.size[0] > 1 ? uint64_t(rows.stride[0] * size_of(rows.dtype)) : 0;
   return (reinterpret_cast<uint64_t>(rows.data) | stride) % bytes == 0;

@@ -6,7 +6,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from torch_kernels.int8_linear.heuristics import Device, clocks, facts, outlier_row_splits, product_plans, tiles
+from torch_kernels.int8_linear.heuristics import (
+    Device,
+    clocks,
+    facts,
+    outlier_row_splits,
+    prefers_triton,
+    product_plans,
+    tiles,
+)
 
 DEVICES = [
     Device("sm_80", 108),
@@ -95,6 +103,12 @@ def test_deep_products_of_few_columns_are_split() -> None:
 def test_unlisted_architectures() -> None:
     assert facts("sm_87") == facts("sm_89") and facts("sm_103") == facts("sm_100")
     assert facts("sm_121") == facts("sm_120") and facts("gfx950") == facts("gfx942")
+
+
+def test_triton_serves_many_rows_where_its_instructions_are_faster() -> None:
+    assert all(prefers_triton(4096, arch) for arch in ("sm_90", "sm_100", "sm_103"))
+    assert not any(prefers_triton(4096, arch) for arch in ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"))
+    assert not any(prefers_triton(64, device.arch) for device in DEVICES)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000, 100_000])

@@ -64,6 +64,8 @@ _LATENCY, _PROGRAM, _LAUNCH = 800, 1500, 3000
 _MIN_DEPTH, _SPLITS = 512, (1, 2, 3, 4, 6, 8, 12, 16)
 # The last rows may become a launch of their own after a multiple of one of these.
 _CUTS = (64, 128, 256, 512, 1024)
+# Below, the memory limits either kernel. An estimate.
+_TRITON_ROWS = 256
 
 
 def facts(arch: str) -> Facts:
@@ -84,12 +86,13 @@ def tiles(arch: str, *, aligned: bool = True, outliers: int = 0) -> tuple[Tile, 
 
     Unaligned rows are loaded byte by byte, which takes registers. Outlier columns, numbers of ``outliers`` bytes, are
     added up in floating point: always by instructions of 64 rows, so that the order of the sum is the same for every
-    M, and in float32 by ordinary cores, whose operands take registers too.
+    M, and in float32 by ordinary cores, whose operands take registers too. Blackwell's tensor cores keep the sums in a
+    memory of their own, but the compiler brings them into registers all at once: no more than 128 x 128.
     """
     shapes = [(16, 32, 256, 4), (16, 64, 256, 4), (32, 32, 256, 4), (32, 64, 128, 4), (64, 32, 128, 4)]
     shapes += [(64, 64, 128, 4), (64, 128, 128, 4), (128, 128, 128, 8)]
     shared = facts(arch).shared
-    if shared > 200 * 1024:
+    if facts(arch) == _FACTS["sm_90"]:
         shapes += [(128, 256, 128, 8)]
     if not aligned or outliers == 4:
         shapes = [shape for shape in shapes if shape[0] * shape[1] <= 64 * 64]
@@ -160,6 +163,12 @@ def product_plans(
         if first_cost + last_cost < cost:
             cost, plans = first_cost + last_cost, (first, last._replace(first=cut))
     return plans
+
+
+def prefers_triton(rows: int, arch: str) -> bool:
+    """Whether a product that the compiled CUDA kernel could serve is faster in Triton, which knows the tensor core
+    instructions that Hopper and the first Blackwells have for large tiles."""
+    return rows >= _TRITON_ROWS and arch.startswith(("sm_9", "sm_10"))
 
 
 def outlier_row_splits(rows: int, column_tiles: int, block: int, device: Device) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks
-from torch_kernels._registry import Backend, Op, native, rows, unit_stride
-from torch_kernels.int8_linear import reference
+from torch_kernels._registry import Backend, Op, may_choose_triton, native, rows, unit_stride
+from torch_kernels._triton import architecture
+from torch_kernels.int8_linear import heuristics, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRODUCTS = ("int8_mm", "int8_linear")
 MAX_IN_FEATURES = 2**17 - 1  # so many products of int8 numbers, -128 included, cannot leave int32
 
 
@@ -25,13 +28,24 @@ def _accepts(i: int, argument: Tensor) -> bool:
     return rows(i, argument) if i == 0 else unit_stride(i, argument)
 
 
+def _leaves_many_rows(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    """For the CUDA kernels: Triton's serve many rows unless a backend is forced. They give the same bits, but add up
+    outlier columns in another order."""
+    outliers = len(rest) > 0 and rest[-1] > 0
+    if outliers or not may_choose_triton():
+        return None
+    if heuristics.prefers_triton(math.prod(x.shape[:-1]), architecture(x.device)):
+        return "Triton's kernel is faster for so many rows"
+    return None
+
+
 def _backends(name: str) -> tuple[Backend, ...]:
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.int8_linear.triton_kernels"), name)
 
     return (
         Backend("cpu", native("cpu", name), DTYPES, _accepts),
-        Backend("cuda", native("cuda", name), DTYPES, _accepts),
+        Backend("cuda", native("cuda", name), DTYPES, _accepts, _leaves_many_rows if name in PRODUCTS else None),
         Backend("triton", triton, DTYPES, _accepts),
         Backend("emulator", native("emulator", name), DTYPES, _accepts),
         Backend("reference", lambda: getattr(reference, name), DTYPES),

@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import as_rows, on_device
+from torch_kernels._triton import on_device
+
+from .quantize import as_rows
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from torch_kernels._triton import on_device
+
 from ..heuristics import Tile, product_plans, tiles
-from .launch import as_rows, device_of, on_device
-from .quantize import find_outliers, quantize_rows
+from .quantize import as_rows, device_of, find_outliers, quantize_rows
 
 # Row tiles that share a stretch of column tiles while those are in the L2 cache.
 GROUP = 8

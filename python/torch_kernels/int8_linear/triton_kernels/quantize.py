@@ -5,16 +5,28 @@ Which columns hold outliers depends on all rows, so it is found first, by a kern
 quantises a few rows, and one more program lists the outlier columns for those who add them up later.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from ..heuristics import outlier_row_splits
-from .launch import as_rows, device_of, on_device
+from torch_kernels._triton import architecture, multiprocessors, on_device
+
+from ..heuristics import Device, outlier_row_splits
 
 # Numbers a program holds in registers at a time.
 TILE = 8192
 OUTLIER_ROWS, OUTLIER_COLUMNS = 16, 128
+
+
+def as_rows(x):
+    """[.., K] as [M, K], without a copy where the leading dimensions lie at one distance."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def device_of(device: torch.device) -> Device:
+    return Device(architecture(device), multiprocessors(device))
 
 
 @triton.jit

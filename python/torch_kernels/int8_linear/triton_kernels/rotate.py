@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import as_rows, on_device
-from .quantize import magnitude, quantize_rows, scale_of, static_scale, to_int8
+from torch_kernels._triton import on_device
+
+from .quantize import as_rows, magnitude, quantize_rows, scale_of, static_scale, to_int8
 
 # Numbers a program holds at most, and aims at.
 MOST, USUAL = 16384, 4096
@@ -153,9 +154,7 @@ def rotate_quantize(q, scale, x, signs, smooth, x_scale, bits):
     first, *rest = passes(x.shape[1])
     with on_device(x):
         if not rest:
-            _run(
-                q, x, first, scale=scale, signs=signs, smooth=smooth, x_scale=x_scale, factor=factor, limit=limit
-            )
+            _run(q, x, first, scale=scale, signs=signs, smooth=smooth, x_scale=x_scale, factor=factor, limit=limit)
             return
         rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         _run(rotated, x, first, signs=signs)
