@@ -19,7 +19,7 @@ inline Vector<float> load_float(const BFloat16* from) {
 #else
   ShortVector bits;
   std::memcpy(&bits, from, sizeof bits);
-  return bit_cast_vector<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
+  return bit_cast_vector<Vector<float> >(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
 #endif
 }
 inline Vector<float> load_float(const Half* from) {
@@ -71,7 +71,8 @@ inline ByteVector low_bytes(Vector<int32_t> v) {
 #elif defined(__AVX2__)
   const __m256i low = _mm256_set1_epi32(0x0c080400);
   __m256i bytes = _mm256_shuffle_epi8(__m256i(v), low);
-  return ByteVector(_mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1))));
+  return ByteVector(
+      _mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1))));
 #else
   return __builtin_convertvector(v, ByteVector);
 #endif

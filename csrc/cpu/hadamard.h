@@ -4,7 +4,7 @@
 #pragma once
 #include <array>
 
-#include "cpu/simd.h"
+#include "cpu/floats.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 
@@ -85,36 +85,40 @@ inline void hadamard_pass(int radix, int64_t n, int64_t stride, const Get& get, 
   }
 }
 
-// The product along the base, of segments of `power` floats.
-template <int Base>
-inline void multiply_base(float* x, int64_t power) {
+// The product along the base, of segments of `power` floats, in place where it is shorter than a vector.
+template <int Base, class Put>
+inline void multiply_base(float* x, int64_t power, const Put& put) {
   static constexpr auto matrix = paley<Base>();
-  auto segment = [&](int64_t i, auto load_at, auto store_at) __attribute__((always_inline)) {
-    decltype(load_at(x)) v[Base], sum[Base];
+  auto segment = [&](int64_t i, auto load_at, auto put_at) __attribute__((always_inline)) {
+    decltype(load_at(0)) v[Base];
 #pragma GCC unroll 20
-    for (int j = 0; j < Base; j++) v[j] = load_at(x + j * power + i);
+    for (int j = 0; j < Base; j++) v[j] = load_at(j * power + i);
     for (int r = 0; r < Base; r++) {
-      sum[r] = v[0];
+      auto sum = v[0];
 #pragma GCC unroll 20
-      for (int j = 1; j < Base; j++) sum[r] += v[j] * matrix[r][j];
+      for (int j = 1; j < Base; j++) sum += v[j] * matrix[r][j];
+      put_at(r * power + i, sum);
     }
-#pragma GCC unroll 20
-    for (int r = 0; r < Base; r++) store_at(x + r * power + i, sum[r]);
   };
   int64_t i = 0;
-  for (; i + kLanes<float> <= power; i += kLanes<float>)
-    segment(i, [](const float* from) { return load(from); }, [](float* to, Vector<float> v) { store(to, v); });
-  for (; i < power; i++) segment(i, [](const float* from) { return *from; }, [](float* to, float v) { *to = v; });
+  for (; i + kLanes<float> <= power; i += kLanes<float>) segment(i, [&](int64_t at) { return load(x + at); }, put);
+  for (; i < power; i++) segment(i, [&](int64_t at) { return x[at]; }, [&](int64_t at, float v) { x[at] = v; });
 }
 
-// row[n] = x · H, with x read by get(i) as a vector (or as a float where the power is shorter than a vector).
-template <class Get>
-inline void hadamard(int64_t n, const Get& get, float* row) {
+// x · H for a row of n numbers: get(i) reads x as a vector from i on, put(i, v) takes the result as vectors, padded at
+// the end where n is no multiple of them. `row` is room for n floats.
+template <class Get, class Put>
+inline void hadamard(int64_t n, const Get& get, float* row, const Put& put) {
   int64_t base = n % 20 == 0 && std::has_single_bit(uint64_t(n / 20))   ? 20
                  : n % 12 == 0 && std::has_single_bit(uint64_t(n / 12)) ? 12
                                                                         : 1;
   int64_t power = n / base;
   constexpr int lanes = kLanes<float>;
+  auto keep = [&](int64_t i, Vector<float> v) { store(row + i, v); };
+  auto along_base = [&](const auto& to) {
+    if (base == 12) multiply_base<12>(row, power, to);
+    if (base == 20) multiply_base<20>(row, power, to);
+  };
   if (power < lanes) {
     for (int64_t i = 0; i < n; i += lanes) {
       Vector<float> v = get(i);
@@ -126,20 +130,23 @@ inline void hadamard(int64_t n, const Get& get, float* row) {
           float even = row[i], odd = row[i + stride];
           row[i] = even + odd, row[i + stride] = even - odd;
         }
-  } else {
-    auto put = [&](int64_t i, Vector<float> v) { store(row + i, v); };
-    int64_t stride = lanes;
-    auto radix = [&] { return int(std::min<int64_t>(kMaxRadix, power / stride)); };
-    int first = radix();
-    hadamard_pass<true>(first, n, stride, get, put);
-    for (stride *= first; stride < power;) {
-      int next = radix();
-      hadamard_pass<false>(next, n, stride, [&](int64_t i) { return load(row + i); }, put);
-      stride *= next;
-    }
+    along_base(keep);
+    for (int64_t i = 0; i < n; i += lanes) put(i, load_float(row + i, n - i));
+    return;
   }
-  if (base == 12) multiply_base<12>(row, power);
-  if (base == 20) multiply_base<20>(row, power);
+  int64_t stride = lanes;
+  auto pass = [&](auto within, const auto& from) {
+    int radix = int(std::min<int64_t>(kMaxRadix, power / stride));
+    if (base == 1 && stride * radix == power) {
+      hadamard_pass<within()>(radix, n, stride, from, put);
+    } else {
+      hadamard_pass<within()>(radix, n, stride, from, keep);
+    }
+    stride *= radix;
+  };
+  pass(std::true_type{}, get);
+  while (stride < power) pass(std::false_type{}, [&](int64_t i) { return load(row + i); });
+  along_base(put);
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

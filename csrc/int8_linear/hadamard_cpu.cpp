@@ -10,8 +10,6 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
 
-constexpr int kLane = kLanes<float>;
-
 // Runs body(m, row) for each row, with room for its n floats.
 template <class Body>
 void for_rows(int64_t rows, int64_t n, const Body& body) {
@@ -29,8 +27,9 @@ void transform(const HadamardParams& p) {
   for_rows(p.x.size[0], n, [&](int64_t m, float* row) {
     const T* x = p.x.at<const T>(m);
     T* out = p.out.at<T>(m);
-    hadamard(n, [&](int64_t i) { return load_float(x + i, n - i); }, row);
-    for (int64_t i = 0; i < n; i += kLane) store_float(out + i, load_float(row + i, n - i) * float(p.scale), n - i);
+    hadamard(
+        n, [&](int64_t i) { return load_float(x + i, n - i); }, row,
+        [&](int64_t i, Vector<float> v) { store_float(out + i, v * float(p.scale), n - i); });
   });
 }
 
@@ -49,12 +48,12 @@ void rotate(const RotateQuantizeParams& p) {
           Vector<float> v = load_float(x + i, n - i);
           return signs ? v * load_float(signs + i, n - i) : v;
         },
-        row);
-    for (int64_t i = 0; i < n; i += kLane) {
-      Vector<float> v = load_float(row + i, n - i) * factor;
-      if (smooth) v /= load_float(smooth + i, n - i);
-      store_float(row + i, v, n - i);
-    }
+        row,
+        [&](int64_t i, Vector<float> v) {
+          v *= factor;
+          if (smooth) v /= load_float(smooth + i, n - i);
+          store_float(row + i, v, n - i);
+        });
     float scale = row_scale(absmax(row, n), given, limit);
     *p.scale.at<float>(m) = scale;
     Rounding(scale, given, limit).row(row, n, p.q.at<int8_t>(m));

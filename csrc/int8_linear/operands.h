@@ -34,9 +34,7 @@ class Left {
   int64_t blocks() const { return divide_up(rows_, kBlockRows); }
   int64_t padded() const { return padded_; }
   int64_t block_bytes() const { return kBlockRows * padded_; }
-  int64_t bytes() const {
-    return packed() ? blocks() * block_bytes() : rows_ * padded_ * int64_t(sizeof(LeftElement));
-  }
+  int64_t bytes() const { return packed() ? blocks() * block_bytes() : rows_ * padded_ * int64_t(sizeof(LeftElement)); }
   void use(void* memory) { memory_ = static_cast<uint8_t*>(memory); }
   const LeftElement* plain(int64_t m) const { return reinterpret_cast<LeftElement*>(memory_) + m * padded_; }
   const uint8_t* block(int64_t b) const { return memory_ + b * block_bytes(); }

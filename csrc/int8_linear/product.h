@@ -126,8 +126,7 @@ struct PackedWorker {
     Part part(left, right, blocks, task);
     int32_t excess[kStripRows];
     int f = 0;
-    for (; f + 8 <= part.count; f += 8)
-      row_excess<8>(right.at(part.first + f), right.row, right.columns, excess + f);
+    for (; f + 8 <= part.count; f += 8) row_excess<8>(right.at(part.first + f), right.row, right.columns, excess + f);
     for (; f < part.count; f++) row_excess<1>(right.at(part.first + f), right.row, right.columns, excess + f);
     auto put = part.strip(output, left, right);
     bool more = next < divide_up(left.blocks(), blocks) * right.strips();
@@ -142,7 +141,8 @@ struct PackedWorker {
         features<16, 1>(b, part, f, excess);
         features<1, 1>(b, part, f, excess);
       }
-      PairSums pair{sums, b * kBlockRows, left.rows() - b * kBlockRows, 0, int(std::min<int64_t>(4, 2 * (part.end - b)))};
+      PairSums pair{sums, b * kBlockRows, left.rows() - b * kBlockRows, 0,
+                    int(std::min<int64_t>(4, 2 * (part.end - b)))};
       pair.put_all(put);
     }
   }
