@@ -36,8 +36,8 @@ class Backend:
     @contextlib.contextmanager
     def forced(self) -> Iterator[None]:
         """Within the context every call runs on this backend."""
-        if self.name == "emulator":
-            _native.emulator().set_seed(next(_schedules))
+        if self.name == "emulator" and (emulator := _native.emulator()):
+            emulator.set_seed(next(_schedules))
         with torch_kernels.use_backend(self.name):
             yield
 

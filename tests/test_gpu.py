@@ -26,11 +26,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 FAMILIES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/samples.py"))
 
 
-def samples(device: str) -> dict[str, list[Any]]:
-    """Op name -> small valid calls, of all families."""
+def samples(device: str, backend: str = "cpu") -> dict[str, list[Any]]:
+    """Op name -> small valid calls, of all families, with weights packed for the backend."""
     merged: dict[str, list[Any]] = {}
     for family in FAMILIES:
-        merged |= importlib.import_module(f".{family}.samples", __package__).samples(device)
+        merged |= importlib.import_module(f".{family}.samples", __package__).samples(device, backend)
     return merged
 
 
@@ -40,9 +40,9 @@ EVERY = [pytest.param(op, i, id=f"{op}-{i}") for op, calls in samples("cpu").ite
 class Call:
     """A call of an op with arguments of its own, which may be called again after they changed in place."""
 
-    def __init__(self, op: str, i: int, device: str) -> None:
+    def __init__(self, op: str, i: int, backend: Backend) -> None:
         self.op = op
-        positional, keywords = samples(device)[op][i]
+        positional, keywords = samples(backend.device, backend.name)[op][i]
         self.arguments = {name: self._own(x) for name, x in positional.items()}
         self.keywords = {name: self._own(x) for name, x in keywords.items()}
 
@@ -88,9 +88,7 @@ def test_every_op_has_samples() -> None:
 
 @pytest.mark.parametrize(("op", "i"), EVERY)
 def test_rerun(backend: Backend, op: str, i: int) -> None:
-    call = Call(op, i, backend.device)
-    if op.startswith("int4") and backend.name in ("emulator", "triton") and backend.device == "cpu":
-        pytest.skip("samples on the CPU hold weights packed for it")
+    call = Call(op, i, backend)
     for start in (call.values(), call.changed()):
         call.set(start)
         expected = {name: x.clone() for name, x in call(backend).items()}
@@ -107,7 +105,7 @@ def test_rerun(backend: Backend, op: str, i: int) -> None:
 def test_graph_replay_equals_eager(backend: Backend, op: str, i: int) -> None:
     if backend.name == "reference":
         pytest.skip("the reference is written to be read, and looks at values on the host")
-    call = Call(op, i, backend.device)
+    call = Call(op, i, backend)
     inputs = [call.changed(), call.values()]
     eager = []
     for values in inputs:
@@ -136,7 +134,7 @@ def test_graph_replay_equals_eager(backend: Backend, op: str, i: int) -> None:
 def test_runs_on_the_current_stream_without_waiting(backend: Backend, op: str, i: int) -> None:
     if backend.name == "reference":
         pytest.skip("the reference is written to be read, and looks at values on the host")
-    call = Call(op, i, backend.device)
+    call = Call(op, i, backend)
     first, second = call.values(), call.changed()
     call.set(second)
     expected = {name: x.clone() for name, x in call(backend).items()}

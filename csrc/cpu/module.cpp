@@ -11,6 +11,7 @@ void bind_tree_attention(nb::module_& module);
 void bind_tree_validation(nb::module_& module);
 void bind_int4_linear(nb::module_& module);
 void bind_int4_validation(nb::module_& module);
+void bind_int8_linear(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -42,4 +43,5 @@ NB_MODULE(_cpu, module) {
   bind_tree_validation(module);
   bind_int4_linear(module);
   bind_int4_validation(module);
+  bind_int8_linear(module);
 }

@@ -3,6 +3,8 @@
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -29,6 +31,29 @@ void parallel_for(int64_t n, int64_t cost, const Body& body) {
 #pragma omp critical
       if (!error) error = std::current_exception();
     }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+// Each thread makes a worker, make(), and calls worker(i, next) for the i it gets, with the one it will get after that
+// (n: none): it can fetch what that needs while it computes.
+template <class Make>
+void parallel_workers(int64_t n, int64_t cost, const Make& make) {
+  constexpr int64_t kWorthThreads = 1 << 16;
+  std::atomic<int64_t> taken = 0;
+  std::exception_ptr error;
+  auto work = [&] {
+    auto worker = make();
+    auto take = [&] { return std::min(n, taken.fetch_add(1, std::memory_order_relaxed)); };
+    for (int64_t i = take(), next = take(); i < n; i = next, next = take()) worker(i, next);
+  };
+  if (n <= 1 || n * cost < kWorthThreads || omp_get_max_threads() == 1 || omp_in_parallel()) return work();
+#pragma omp parallel
+  try {
+    work();
+  } catch (...) {
+#pragma omp critical
+    if (!error) error = std::current_exception();
   }
   if (error) std::rethrow_exception(error);
 }

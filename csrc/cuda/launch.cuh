@@ -104,6 +104,15 @@ void launch_kernel(bool early, void (*kernel)(Parameters...), const Grid& grid, 
   if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function, grid));
 }
 
+// The most shared memory a block may ask for.
+inline size_t shared_memory_limit(int device) {
+  int bytes = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess)
+    throw_cuda_error(error, "asking for the shared memory of CUDA device " + std::to_string(device));
+  return size_t(bytes);
+}
+
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -132,6 +141,8 @@ void launch_kernel(bool /*early*/, void (*kernel)(Parameters...), const Grid& gr
       [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
 }
 
+inline size_t shared_memory_limit(int) { return emulator::settings.shared_limit; }
+
 class DeviceGuard {
  public:
   explicit DeviceGuard(int) {}
@@ -147,8 +158,9 @@ void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_
   launch_kernel(false, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
-// For a kernel that calls ptx::wait_for_previous_kernel() before it reads or writes global memory: on sm_90 and later
-// it starts when all blocks of the stream's previous kernel have called ptx::let_next_kernel_start() or ended.
+// For a kernel that calls ptx::wait_for_previous_kernel() before it writes global memory or reads what the stream's
+// previous kernel may have written: on sm_90 and later it starts when all blocks of that kernel have called
+// ptx::let_next_kernel_start() or ended.
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, void* stream,
                   Arguments&&... arguments) {

@@ -2,6 +2,7 @@
 // What an int4 linear block gets, and the ring of shared memory buffers through which it streams: weights, the rows of
 // x, scales and zero points of some columns make a stage.
 #pragma once
+#include "cuda/floats.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 #include "int4_linear/parameters.cuh"
@@ -28,18 +29,8 @@ struct Int4LinearWork {
 
 // out[row, feature] = value + bias, rounded once.
 DEVICE void finish_element(const Tensor& out, const Tensor& bias, int64_t row, int feature, float value) {
-  if (bias.dtype == DType::float32)
-    value += *bias.at<const float>(feature);
-  else if (bias.dtype == DType::float16)
-    value += to_float(*bias.at<const __half>(feature));
-  else if (bias.dtype == DType::bfloat16)
-    value += to_float(*bias.at<const __nv_bfloat16>(feature));
-  if (out.dtype == DType::float32)
-    *out.at<float>(row, feature) = value;
-  else if (out.dtype == DType::float16)
-    *out.at<__half>(row, feature) = from_float<__half>(value);
-  else
-    *out.at<__nv_bfloat16>(row, feature) = from_float<__nv_bfloat16>(value);
+  if (bias) value += load_float(bias, feature);
+  store_float(out, value, row, feature);
 }
 
 // Where a lane reads the packed weight's tile: the 16 bytes it copies are those it will read itself.

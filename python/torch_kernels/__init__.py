@@ -7,7 +7,16 @@ documentation and, where the op has them, gradients.
 
 from torch_kernels import nn, trees
 from torch_kernels._registry import SlowPathWarning, set_validation, use_backend
+from torch_kernels.calibrate import Calibration, calibrate
 from torch_kernels.int4_linear import Int4Weight, int4_linear
+from torch_kernels.int8_linear import (
+    Int8Weight,
+    hadamard_transform,
+    int8_linear,
+    int8_mm,
+    int8_quantize,
+    rotate_quantize,
+)
 from torch_kernels.quantize import quantize_
 from torch_kernels.tree_attention import (
     merge_attention_states,
@@ -24,12 +33,20 @@ from torch_kernels.tree_attention import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Int4Weight",
+    "Int8Weight",
     "SlowPathWarning",
+    "calibrate",
+    "hadamard_transform",
     "int4_linear",
+    "int8_linear",
+    "int8_mm",
+    "int8_quantize",
     "merge_attention_states",
     "nn",
     "quantize_",
+    "rotate_quantize",
     "set_validation",
     "tree_attention",
     "tree_commit_kv_",

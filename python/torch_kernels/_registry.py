@@ -108,6 +108,11 @@ def triton_version() -> str | None:
     return triton.__version__
 
 
+def may_choose_triton() -> bool:
+    """Whether a compiled backend may leave a call to Triton: it is there, and no backend is forced."""
+    return _State.forced is None and triton_version() is not None
+
+
 def interpreting_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

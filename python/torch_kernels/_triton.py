@@ -2,6 +2,7 @@
 """What the Triton launchers of all ops share."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -11,6 +12,7 @@ def on_device(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """sm_80, sm_90, .. or gfx942 for all AMD GPUs; the interpreter follows sm_90."""
     if device.type != "cuda":
@@ -19,3 +21,9 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The interpreter has so few that small tests take all paths."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -39,12 +39,15 @@ def compile_case(kernel, signature, constants, options, arch: str) -> dict:
         target = GPUTarget("hip", arch, 64)
     else:
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    # What a launch with ordinary tensors specialises on.
+    # What a launch with ordinary tensors specialises on; "i32:16" is a size that is a multiple of 16.
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and "stride" in name)
+        if signature[name].startswith("*")
+        or signature[name] == "i32:16"
+        or (signature[name] == "i32" and "stride" in name)
     }
+    signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     if arch.startswith("gfx"):
         entry = read_amdgcn(compiled.asm["amdgcn"])

@@ -29,14 +29,15 @@ def _check_rules(entries):
 
 def _expected_mma(arch: str, rows: int, kind: str) -> str | None:
     """The tensor-core opcode of a product with so many rows; None where there is none (float32 is computed in full)."""
-    if kind not in ("f16", "bf16", "i8"):
+    opcodes = {"i8": ("IMMA", "IGMMA", "UTCIMMA")} | dict.fromkeys(("f16", "bf16"), ("HMMA", "HGMMA", "UTCHMMA"))
+    if kind not in opcodes:
         return None
     if arch.startswith("gfx"):
         return "v_mfma"
-    short, hopper, blackwell = ("IMMA", "IGMMA", "UTCIMMA") if kind == "i8" else ("HMMA", "HGMMA", "UTCHMMA")
+    few_rows, hopper, blackwell = opcodes[kind]
     if rows < 64:
-        return short
-    return {"sm_90": hopper, "sm_100": blackwell}.get(arch, short)
+        return few_rows
+    return {"sm_90": hopper, "sm_100": blackwell}.get(arch, few_rows)
 
 
 def _check_table(entries, committed):

@@ -17,7 +17,7 @@ def packed_layout(backend: str, device: str) -> str:
     return "cpu" if backend == "cpu" or (backend == "reference" and device == "cpu") else "gpu"
 
 
-def samples(backend: str, device: str = "cpu") -> dict[str, list[Sample]]:
+def samples(device: str, backend: str = "cpu") -> dict[str, list[Sample]]:
     """For one backend, which decides the layout of the packed weight."""
     forward, backward = [], []
     for case in (

@@ -88,7 +88,7 @@ WRONG: list[tuple[str, int, str, Any, str]] = [
 
 
 def call(backend: Backend, op: str, sample: int, **changes: Any) -> Any:
-    positional, keywords = samples(backend.name, backend.device)[op][sample]
+    positional, keywords = samples(backend.device, backend.name)[op][sample]
     arguments = positional | keywords
     for name, change in changes.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
@@ -139,7 +139,7 @@ def test_the_other_layout_is_refused(backend: Backend, op: str) -> None:
     if backend.name == "reference":
         pytest.skip("it reads both")
     other = "cuda" if backend.name == "cpu" else "cpu"
-    positional, keywords = samples(other, backend.device)[op][0]
+    positional, keywords = samples(backend.device, other)[op][0]
     named = "'cpu'" if backend.name == "cpu" else "'gpu'"
     with pytest.raises(ValueError, match=f"{backend.name}: it takes weights in the layout {named}"):
         backend(op, *positional.values(), **keywords)
@@ -150,7 +150,7 @@ def test_the_reference_reads_both_layouts(any_backend: Backend) -> None:
     for op in ("int4_linear", "int4_linear_backward"):
         results = []
         for name in ("cpu", "cuda"):
-            for positional, keywords in samples(name, any_backend.device)[op]:
+            for positional, keywords in samples(any_backend.device, name)[op]:
                 results.append(reference(op, *positional.values(), **keywords))
         for x, y in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
             assert_bitwise("other layout", x, y)
@@ -159,7 +159,7 @@ def test_the_reference_reads_both_layouts(any_backend: Backend) -> None:
 @pytest.mark.parametrize("op", ["int4_linear", "int4_linear_backward"])
 def test_garbage_in_perm_stays_inside_the_tensors(backend: Backend, op: str) -> None:
     """Nobody checked: what names no column counts as padding."""
-    positional, keywords = samples(backend.name, backend.device)[op][3]
+    positional, keywords = samples(backend.device, backend.name)[op][3]
     perm = positional["perm"].clone()
     perm[:8] = torch.tensor([-2, 50, 2**31 - 1, -(2**31), 51, 1000, -3, 2**20], device=perm.device)
     padded = perm.clone()
@@ -175,7 +175,7 @@ def test_garbage_in_perm_stays_inside_the_tensors(backend: Backend, op: str) -> 
 
 @pytest.mark.parametrize("op", ["int4_linear", "int4_linear_backward"])
 def test_outputs_are_filled_and_nothing_else_is(backend: Backend, op: str) -> None:
-    for positional, keywords in samples(backend.name, backend.device)[op]:
+    for positional, keywords in samples(backend.device, backend.name)[op]:
         if op == "int4_linear" and "mode" not in keywords:
             keywords = keywords | {"mode": "exact"}
         expected = backend(op, *positional.values(), **keywords)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of the CUDA kernels, which is host code: splits that do not depend on M, tiles that cover, memory that fits."""
+"""The plan of the CUDA kernels, host code: splits that do not depend on M, tiles that cover, memory that fits."""
 
 import os
 import subprocess

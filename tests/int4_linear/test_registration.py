@@ -41,13 +41,13 @@ def test_signature() -> None:
 @pytest.mark.parametrize("op", SCHEMAS)
 @pytest.mark.parametrize("i", range(4))
 def test_opcheck(any_backend: Backend, op: str, i: int) -> None:
-    positional, keywords = samples(any_backend.name, any_backend.device)[op][i]
+    positional, keywords = samples(any_backend.device, any_backend.name)[op][i]
     with any_backend.forced():
         torch.library.opcheck(getattr(torch.ops.kernels, op).default, tuple(positional.values()), keywords)
 
 
 def test_arguments_may_be_left_out(any_backend: Backend) -> None:
-    positional, keywords = samples(any_backend.name, any_backend.device)["int4_linear"][0]
+    positional, keywords = samples(any_backend.device, any_backend.name)["int4_linear"][0]
     expected = any_backend("int4_linear", *positional.values(), **keywords)
     short = [positional[name] for name in ("x", "weight", "scales")]
     assert_bitwise("out", any_backend("int4_linear", *short, **keywords), expected)
@@ -150,7 +150,7 @@ def test_compiled_module_follows_other_sizes_and_weights(any_backend: Backend) -
 
 
 def test_fakes_check_too(any_backend: Backend) -> None:
-    positional, keywords = samples(any_backend.name, any_backend.device)["int4_linear"][1]
+    positional, keywords = samples(any_backend.device, any_backend.name)["int4_linear"][1]
 
     def on_fakes(**changes: Any) -> Tensor:
         mode = torch._subclasses.FakeTensorMode()

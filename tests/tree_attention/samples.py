@@ -12,7 +12,7 @@ from .cases import FP8
 Call = tuple[dict[str, Any], dict[str, Any]]
 
 
-def samples(device: str) -> dict[str, list[Call]]:
+def samples(device: str, backend: str = "cpu") -> dict[str, list[Call]]:
     generator = torch.Generator().manual_seed(0)
     batch, nodes, slots, heads, kv_heads, size, value_size, vocabulary = 2, 5, 12, 4, 2, 16, 8, 7
 

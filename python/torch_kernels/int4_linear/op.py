@@ -39,8 +39,7 @@ def _takes(dtype: torch.dtype, layout: str) -> Callable[..., str | None]:
 
 def _leaves_many_rows(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     """For the CUDA kernels: in mode fast, Triton's serve many rows unless a backend is forced."""
-    free = _registry._State.forced is None and _registry.triton_version() is not None
-    if free and heuristics.prefers_triton(math.prod(x.shape[:-1]), mode=rest[-1]):
+    if _registry.may_choose_triton() and heuristics.prefers_triton(math.prod(x.shape[:-1]), mode=rest[-1]):
         return "Triton's kernel is faster for so many rows"
     return _takes(torch.int32, "gpu")(x, weight)
 

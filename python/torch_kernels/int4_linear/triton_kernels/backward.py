@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, multiprocessors, on_device
 
 from .. import heuristics
-from .linear import SUM_BLOCK, launch_options, multiprocessors, sum_splits_kernel
+from .linear import SUM_BLOCK, launch_options, sum_splits_kernel
 from .weights import load_words, unpack, word_offsets
 
 

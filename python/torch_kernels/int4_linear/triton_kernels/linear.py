@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, multiprocessors, on_device
 
 from .. import heuristics
 from .rows import prepare
@@ -178,10 +178,6 @@ def dequantise_kernel(
 def launch_options(arch: str) -> dict:
     """AMD's matrix instructions come in two shapes, which sum in different orders: one serves every M."""
     return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def _dense(out, x, weight, scales, zeros, bias, group_size):
