@@ -199,12 +199,10 @@ constexpr int interleaved_place(int column) {
 }
 
 #if defined(__AVX512BW__)
-// to[c, r] = from[r, c] for 16x16 units, in four rounds: each exchanges blocks of 1, 2, 4 and 8.
-inline void transpose(const Pair* from, int64_t from_row, Pair* to, int64_t to_row) {
+// x becomes its 16x16 transpose in four rounds; each exchanges blocks of 1, 2, 4 and 8.
+inline void transpose_block(Vector<int32_t> (&x)[16]) {
   using Int = Vector<int32_t>;
-  Int x[16], y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) std::memcpy(&x[i], from + i * from_row, sizeof x[i]);
+  Int y[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     y[i] = Int(_mm512_unpacklo_epi32(__m512i(x[i]), __m512i(x[i + 1])));
@@ -231,6 +229,14 @@ inline void transpose(const Pair* from, int64_t from_row, Pair* to, int64_t to_r
     x[j + 4] = Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0x88));
     x[j + 12] = Int(_mm512_shuffle_i32x4(__m512i(y[j + 4]), __m512i(y[j + 12]), 0xdd));
   }
+}
+
+// to[c, r] = from[r, c] for 16x16 units.
+inline void transpose(const Pair* from, int64_t from_row, Pair* to, int64_t to_row) {
+  Vector<int32_t> x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) std::memcpy(&x[i], from + i * from_row, sizeof x[i]);
+  transpose_block(x);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) std::memcpy(to + i * to_row, &x[i], sizeof x[i]);
 }

@@ -63,7 +63,7 @@ template <class Unit>
 struct Nibbles {
   const uint8_t* bytes;
 
-  void enter(int octet) const {
+  __attribute__((always_inline)) void enter(int octet) const {
 #pragma GCC unroll 4
     for (int line = 0; line < kOctetBytes; line += 64) prefetch(bytes + octet * kOctetBytes + kPrefetchBytes + line);
   }

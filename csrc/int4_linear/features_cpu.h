@@ -27,7 +27,7 @@ inline void load_scales(const Tensor& scales, const Tensor& zeros, int64_t offse
 }
 
 // Scales of one block lie far apart, where the processor does not expect them.
-inline void prefetch_scales(const Tensor& scales, const Tensor& zeros, int64_t offset) {
+__attribute__((always_inline)) inline void prefetch_scales(const Tensor& scales, const Tensor& zeros, int64_t offset) {
   for (const Tensor* tensor : {&scales, &zeros}) {
     if (!*tensor) continue;
     int64_t size = size_of(tensor->dtype);
