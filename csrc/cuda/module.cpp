@@ -6,7 +6,7 @@ namespace torch_kernels {
 void bind_tree_attention(nb::module_& module);
 void bind_int4_linear(nb::module_& module);
 void bind_int8_linear(nb::module_& module);
-}
+}  // namespace torch_kernels
 
 NB_MODULE(_cuda, module) {
   module.attr("architectures") = TORCH_KERNELS_ARCHITECTURES;

@@ -26,19 +26,19 @@ void bind_int4_linear(nb::module_& module) {
                          .group_size = group_size,
                          .mode = mode_of(mode)});
   });
-  module.def("int4_linear_backward", [](const Argument& out, const Argument& grad, const Argument& weight,
-                                        const Argument& scales, const Argument& zeros, const Argument& perm,
-                                        int64_t in_features, int64_t group_size) {
-    run(TORCH_KERNELS_BACKEND::int4_linear_backward, grad,
-        Int4LinearBackwardParams{.out = rows_of(out),
-                                 .grad = rows_of(grad),
-                                 .weight = weight,
-                                 .scales = scales,
-                                 .zeros = zeros,
-                                 .perm = perm,
-                                 .in_features = in_features,
-                                 .group_size = group_size});
-  });
+  module.def("int4_linear_backward",
+             [](const Argument& out, const Argument& grad, const Argument& weight, const Argument& scales,
+                const Argument& zeros, const Argument& perm, int64_t in_features, int64_t group_size) {
+               run(TORCH_KERNELS_BACKEND::int4_linear_backward, grad,
+                   Int4LinearBackwardParams{.out = rows_of(out),
+                                            .grad = rows_of(grad),
+                                            .weight = weight,
+                                            .scales = scales,
+                                            .zeros = zeros,
+                                            .perm = perm,
+                                            .in_features = in_features,
+                                            .group_size = group_size});
+             });
 }
 
 }  // namespace torch_kernels

@@ -284,7 +284,7 @@ def test_options_reach_the_layers() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"bits": 3}, "quantize_: bits must be 4 or 8, got 3"), ({"group_size": 33}, "group_size"), ({"mode": "x"}, "mode")],
+    [({"bits": 3}, "bits must be 4 or 8, got 3"), ({"group_size": 33}, "group_size"), ({"mode": "x"}, "mode")],
 )
 def test_wrong_options_change_nothing(options: dict[str, Any], message: str) -> None:
     model = Model()
