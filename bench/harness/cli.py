@@ -88,7 +88,7 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
             if "failed" not in result:
                 result |= _judge(case, result, ceilings)
             results[case.name] = result
-            progress.write(table.row(case.name, result, cases, peers))
+            progress.write(table.row(case.name, record.rounded(result), cases, peers))
             gc.collect()
             if kind == "cuda":
                 torch.cuda.empty_cache()
