@@ -101,7 +101,7 @@ def steps(machine: Machine) -> list[Step]:
     gpu, python = machine.gpu, sys.executable
     no_gpu = "" if gpu else "no GPU"
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
-    parallel = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
+    parallel = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     parallel = parallel if importlib.util.find_spec("xdist") else []
     others = ("aot", "bench", "emulator", *(f"test_{x}.py" for x in ("gpu", "install", "numbers", "sanitizers")))
     elsewhere = [f"--ignore=tests/{name}" for name in others]
@@ -116,7 +116,7 @@ def steps(machine: Machine) -> list[Step]:
         Step(
             "tests",
             "the suite, where cuda and triton mean the device",
-            4,
+            5,
             [[*pytest, *parallel, "--durations=10", *elsewhere, "tests"]],
         ),
         Step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import email
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -51,6 +52,14 @@ def test_sdist_is_complete_and_lean(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_types_are_published() -> None:
     assert (ROOT / "python" / "torch_kernels" / "py.typed").exists()
+
+
+def test_modules_use_no_locales() -> None:
+    """A module linked with its own libstdc++ (some compilers do that) crashes in a locale beside torch's libstdc++."""
+    streams = re.compile(r"#include <(\w*stream|locale|regex|format|iomanip)>")
+    shipped = [p for p in (ROOT / "csrc").rglob("*.*") if p.is_file() and "emulator" not in p.parts]
+    assert len(shipped) > 50
+    assert not [p.name for p in shipped if streams.search(p.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="takes minutes: set HYPOTHESIS_PROFILE=nightly")

@@ -41,7 +41,7 @@ class Programs:
             "instructions": [*compiler, "-O1", str(HERE / "instructions.cu")],
         }
         if nvcc := shutil.which("nvcc"):
-            target = ["-std=c++20", "-gencode", "arch=compute_80,code=sm_80"]
+            target = ["-std=c++20", "-arch=sm_80"]  # with PTX, for later devices
             builds["instructions_device"] = [nvcc, *target, str(HERE / "instructions.cu")]
         self.names = set(builds)
         with ThreadPoolExecutor(max_workers=2) as pool:
