@@ -166,6 +166,7 @@ def test_validation_on_the_device(backend: Backend) -> None:
         torch_kernels.set_validation(False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
 def test_the_script_reports_what_it_did(tmp_path: Path) -> None:
     def script(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "scripts/gpu.py", "--dry-run", "--output", str(tmp_path), *words]
