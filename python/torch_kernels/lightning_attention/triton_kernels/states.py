@@ -11,7 +11,7 @@ from torch_kernels._triton import architecture, on_device
 
 from ..heuristics import SPAN, split_rows, state_segments, states_tile
 from .sequences import address, bounds, first_part, locate, room, segment_size
-from .walk import LOG2E, expm1, load_rows, load_state, store_sum, walk
+from .walk import LOG2E, expm1, load_row, load_rows, load_state, store_sum, walk
 
 SCAN_BLOCK = 1024
 
@@ -127,10 +127,24 @@ def apply_state_kernel(
             if K1 > 0:
                 q1 = load_rows(rows, q_token * 8, row, exists, K0 + tl.arange(0, K1), SIZE, K0 + K1 > SIZE)
                 result = tl.dot(q1, high.to(q1.dtype), result, input_precision="ieee")
-            weight = tl.exp2(-slope * LOG2E * (first + row + 1).to(tl.float32))
-            result = tl.where(slope == float("inf"), 0.0, result * (weight * scale)[:, None])
-            target = out + at * (heads * V) + row[:, None] * (heads * V) + column[None, :]
-            store_sum(target, result, exists[:, None] & (column < V)[None, :], part, PARTS > 1)
+            weight = tl.exp2(-slope * LOG2E * (first + row + 1).to(tl.float32)) * scale
+            result *= weight[:, None]
+            target = out + at * (heads * V) + column
+            # As in a walk; an infinite slope is selected, too.
+            if tl.sum(tl.sum(tl.abs(result), axis=1), axis=0) < float("inf"):
+                store_sum(
+                    target[None, :] + row[:, None] * (heads * V), result, exists[:, None] & (column < V)[None, :], part,
+                    PARTS > 1,
+                )  # fmt: skip
+            else:
+                for i in tl.range(0, tl.minimum(C, end - first), num_stages=1):
+                    line = rows + i * (q_token * 8)
+                    exact = tl.sum(load_row(line, tl.arange(0, K0), SIZE)[:, None] * low, axis=0)
+                    if K1 > 0:
+                        exact += tl.sum(load_row(line, K0 + tl.arange(0, K1), SIZE)[:, None] * high, axis=0)
+                    exact *= tl.exp2(-slope * LOG2E * (first + i + 1).to(tl.float32)) * scale
+                    exact = tl.where(slope == float("inf"), 0.0, exact)
+                    store_sum(target + i * (heads * V), exact, column < V, part, PARTS > 1)
 
 
 def aligned(x):
@@ -182,7 +196,9 @@ def lightning_chunk_state(out, k, v, slopes, cu_seqlens):
         return
     k, v, slopes = aligned(k), aligned(v), slopes.contiguous()
     heads = k.shape[2]
-    segments = state_segments(heads, k.shape[-1], v.shape[-1], k.element_size(), architecture(k.device))
+    segments = 1
+    if k.shape[1] > SPAN:
+        segments = state_segments(heads, k.shape[-1], v.shape[-1], k.element_size(), architecture(k.device))
     with on_device(k):
         segment_states(k, v, slopes, None, None, out, cu_seqlens, 1.0, heads, segments, alone=segments == 1)
 
