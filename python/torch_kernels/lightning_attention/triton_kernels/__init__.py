@@ -11,7 +11,6 @@ from .attention import lightning_attention, simple_gla
 from .backward import lightning_attention_backward, simple_gla_backward
 from .states import lightning_apply_state, lightning_chunk_state
 
-
 __all__ = [
     "aot_cases",
     "lightning_apply_state",

@@ -96,9 +96,7 @@ def state_part(state, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LE
 
 
 @triton.jit
-def load_state(
-    state, column, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, LEAD: tl.constexpr
-):
+def load_state(state, column, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, LEAD: tl.constexpr):
     """The state's first K0 rows and the K1 rows after them; zeros where there is no state."""
     if state is None:
         low = tl.zeros((K0, column.shape[0]), tl.float32)
@@ -132,8 +130,8 @@ def _store_mark(
     marks, mark_step, low, high, column, position, stop,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, LEAD: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    """Keeps the state between the tokens before `position` and those after it, where an interval of MARK tokens ends. Nothing
-    with a negative `stop`."""
+    """Keeps the state between the tokens before `position` and those after it, where an interval of MARK tokens ends.
+    Nothing with a negative `stop`."""
     if ((position % MARK == 0) & (position < stop)) | (position == stop):
         target = marks + ((position - 1) // MARK).to(tl.int64) * mark_step
         store_state(target, low, high, column, K, K0, K1, V, LEAD)
@@ -197,7 +195,9 @@ def _walk_part(
             _store_mark(marks, mark_step, low, high, column, first + count, stop, K, K0, K1, V, LEAD, MARK)
         at = first.to(tl.int64)
         gates_at = None if gates is None else gates + at * gate_token
-        inner, visible, to_query, to_state, change = _chunk_decay(slope, gates_at, gate_token, row, exists, count, REVERSE)
+        inner, visible, to_query, to_state, change = _chunk_decay(
+            slope, gates_at, gate_token, row, exists, count, REVERSE
+        )
 
         q0, q1, result = None, None, alarm
         if q is not None:
@@ -212,8 +212,8 @@ def _walk_part(
             high += high * change
         if MEMBERS == 1:
             result, low, high = _add_keys(
-                q0, q1, k + at * k_token, v + at * v_token, result, low, high, inner, visible, to_state, key_scale, row, exists,
-                k_token, v_token, column, K, K0, K1, V, BLOCK,
+                q0, q1, k + at * k_token, v + at * v_token, result, low, high, inner, visible, to_state, key_scale,
+                row, exists, k_token, v_token, column, K, K0, K1, V, BLOCK,
             )  # fmt: skip
         else:
             for member in range(MEMBERS):
