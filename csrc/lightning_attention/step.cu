@@ -9,16 +9,21 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kMaxSliceThreads) step_kernel(LightningStepParams p, SliceGrid grid, bool aligned) {
   StateSlice slice(grid, blockIdx.x, p.state, p.state_indices);
+  const float slope = *p.slopes.at<const float>(slice.head);
   const int warps = slice.warps, own_column = slice.first_column + slice.lane;
   const bool writes = own_column < p.v.size[2];
   const int group = int(p.q.size[1]) / grid.heads;
+  auto output = [&](int i) { return p.out.at<T>(slice.batch, slice.head * group + i, own_column); };
   if (slice.index < 0) {
-    for (int i = slice.warp; i < group && writes; i += warps)
-      *p.out.at<T>(slice.batch, slice.head * group + i, own_column) = from_float<T>(0.f);
+    for (int i = slice.warp; i < group && writes; i += warps) *output(i) = from_float<T>(0.f);
     return;
   }
-  float slope = *p.slopes.at<const float>(slice.head);
-  if (slope != INFINITY) slice.load(p.state, grid.aligned);
+  Pack<T, kLaneRows> q;
+  auto load_query = [&](int i) {
+    q.load(p.q.at<const T>(slice.batch, slice.head * group + i) + slice.row, slice.inside ? kLaneRows : 0, aligned);
+  };
+  slice.load(p.state, grid.aligned);
+  load_query(0);
   slice.advance(p.k.at<const T>(slice.batch, slice.head), p.v.at<const T>(slice.batch, slice.head), slope, aligned);
   slice.store(p.state, grid.aligned);
 
@@ -26,13 +31,12 @@ __global__ void __launch_bounds__(kMaxSliceThreads) step_kernel(LightningStepPar
   // two buffers, one is summed while the next head fills the other.
   for (int i = 0; i < group; i++) {
     const Shared<float> partial = shared_array<float>(size_t(i % 2 * warps) * kSliceColumns * 4, warps * kSliceColumns);
-    Pack<T, kLaneRows> q;
-    q.load(p.q.at<const T>(slice.batch, slice.head * group + i) + slice.row, slice.inside ? kLaneRows : 0, aligned);
     float sums[kLaneColumns] = {};
 #pragma unroll
     for (int r = 0; r < kLaneRows; r++)
 #pragma unroll
       for (int c = 0; c < kLaneColumns; c++) sums[c] = fmaf(q[r], slice.x[r][c], sums[c]);
+    if (i + 1 < group) load_query(i + 1);
 #pragma unroll
     for (int c = 0; c < kLaneColumns; c++) sums[c] = quad_sum(sums[c]);
     if (slice.lane % 4 == 0)
@@ -41,7 +45,7 @@ __global__ void __launch_bounds__(kMaxSliceThreads) step_kernel(LightningStepPar
     if (i % warps != slice.warp || !writes) continue;
     float sum = 0;
     for (int w = 0; w < warps; w++) sum += partial[w * kSliceColumns + slice.lane];
-    *p.out.at<T>(slice.batch, slice.head * group + i, own_column) = from_float<T>(float(p.scale) * sum);
+    *output(i) = from_float<T>(float(p.scale) * sum);
   }
 }
 
@@ -50,6 +54,7 @@ __global__ void __launch_bounds__(kMaxSliceThreads)
     commit_kernel(LightningCommitParams p, SliceGrid grid, bool aligned) {
   StateSlice slice(grid, blockIdx.x, p.state, p.state_indices);
   if (slice.index < 0) return;
+  const float slope = *p.slopes.at<const float>(slice.head);
   int64_t nodes = p.k.size[1], last = p.num_accepted.index(slice.batch);
   int64_t places = last < 0 ? 0 : last < nodes ? last + 1 : nodes;
   auto node_at = [&](int64_t place) {
@@ -58,8 +63,7 @@ __global__ void __launch_bounds__(kMaxSliceThreads)
   };
   int64_t node = node_at(0);
   if (node < 0) return;
-  float slope = *p.slopes.at<const float>(slice.head);
-  if (slope != INFINITY) slice.load(p.state, grid.aligned);
+  slice.load(p.state, grid.aligned);
   for (int64_t place = 0; node >= 0; node = node_at(++place))
     slice.advance(p.k.at<const T>(slice.batch, node, slice.head), p.v.at<const T>(slice.batch, node, slice.head), slope,
                   aligned);

@@ -36,6 +36,7 @@ template <class T>
 __global__ void __launch_bounds__(kMaxSliceThreads, 2)
     verify_kernel(LightningVerifyParams p, SliceGrid grid, int row_blocks, bool aligned) {
   StateSlice slice(grid, blockIdx.x / row_blocks, p.state, p.state_indices);
+  const float slope = *p.slopes.at<const float>(slice.head);
   const int nodes = int(p.q.size[1]), group = int(p.q.size[2]) / grid.heads, lane = slice.lane;
   const int first_row = int(blockIdx.x % row_blocks) * kBlockRows, end_row = min(first_row + kBlockRows, nodes * group);
   const int column = slice.first_column + lane;
@@ -48,9 +49,8 @@ __global__ void __launch_bounds__(kMaxSliceThreads, 2)
       *output(row) = from_float<T>(0.f);
     return;
   }
-  const float slope = *p.slopes.at<const float>(slice.head);
   const bool forget = slope == INFINITY;
-  if (!forget) slice.load(p.state, grid.aligned);
+  slice.load(p.state, grid.aligned);
 
   const VerifyShared at(slice.warps, nodes);
   const Shared<float> partial = shared_array<float>(at.partial, slice.warps * kTileRows * kPartialStride),
