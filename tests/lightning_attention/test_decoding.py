@@ -144,6 +144,34 @@ def true_outputs(args: dict[str, Any], scale: float) -> Tensor:
     return out
 
 
+def summed(args: dict[str, Any], scale: float) -> Tensor:
+    """verify as the sum over ancestors, in the precision of the state: another order than the recurrence's."""
+    args = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in args.items()}
+    rows, nodes, query_heads = args["q"].shape[:3]
+    out = torch.zeros(rows, nodes, query_heads, args["v"].shape[3], dtype=args["state"].dtype)
+    q, k, v = (args[name].to(out.dtype).movedim(2, 1) for name in "qkv")
+    for n in range(rows):
+        index = n if args["state_indices"] is None else int(args["state_indices"][n])
+        distance, depth = torch.full((nodes, nodes), INF), torch.full((nodes, 1), INF)
+        parents = range(-1, nodes - 1) if args["parents"] is None else args["parents"][n].tolist()
+        for node in range(nodes):
+            at, steps = node, 0
+            while at >= 0:
+                distance[node, at], at, steps = steps, parents[at], steps + 1
+            depth[node] = INF if at < -1 else steps
+        distance[depth.isinf().expand_as(distance)] = INF
+        for head in range(query_heads if index >= 0 else 0):
+            own = head * k.shape[1] // query_heads
+            slope = args["slopes"][own].to(out.dtype)
+            fade, fade_state = (
+                torch.where(x == 0, 1.0, torch.exp(-slope * x)).where(x < INF, 0.0) for x in (distance, depth)
+            )
+            old = torch.where(slope == INF, 0.0, args["state"][index, own])
+            of_tree = (q[n, head] @ k[n, own].mT * fade) @ v[n, own]
+            out[n, :, head] = scale * (of_tree + fade_state * (q[n, head] @ old))
+    return out.to(args["q"].dtype)
+
+
 def true_states(args: dict[str, Any], paths: list[list[int]]) -> Tensor:
     args = exact(args)
     state = args["state"].clone()
@@ -212,7 +240,7 @@ def test_verify(backend: Backend, data: st.DataObject) -> None:
     for parents in (args["parents"], None):
         tree = verify_args(args | {"parents": parents})
         out = backend(VERIFY, **tree, scale=0.7)
-        assert_accurate("out", out, true_outputs(tree, 0.7), plain(VERIFY, tree, scale=0.7))
+        assert_accurate("out", out, true_outputs(tree, 0.7), plain(VERIFY, tree, scale=0.7), summed(tree, 0.7))
     assert_bitwise("state", args["state"], before)
 
 
@@ -235,7 +263,7 @@ def test_many_nodes(backend: Backend) -> None:
         args["slopes"] = torch.full_like(args["slopes"], 0.01)
         for tree in (verify_args(args), verify_args(args | {"parents": None})):
             out = backend(VERIFY, **tree)
-            assert_accurate("out", out, true_outputs(tree, 1.0), plain(VERIFY, tree))
+            assert_accurate("out", out, true_outputs(tree, 1.0), plain(VERIFY, tree), summed(tree, 1.0))
 
 
 def results(backend: Backend, args: dict[str, Any]) -> tuple[Tensor, ...]:

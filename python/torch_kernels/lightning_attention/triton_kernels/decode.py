@@ -82,8 +82,8 @@ def step_kernel(
 
 @triton.jit
 def _node_at(path, place, places, nodes):
-    node = tl.load(path + place, mask=place < places, other=-1).to(tl.int64)
-    return tl.where(node < nodes, node, -1)
+    node = tl.load(path + place, mask=place < places, other=-1)
+    return tl.where(node < nodes, node, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["pool", "nodes"])
@@ -101,8 +101,8 @@ def commit_kernel(
         state, index, head, state_stride_p, state_stride_h, state_stride_k, K, V, BLOCK_K, BLOCK_V
     )
     path += n * nodes
-    last = tl.load(num_accepted + n).to(tl.int64)
-    places = tl.where(index >= 0, tl.minimum(tl.maximum(last, -1), nodes - 1) + 1, 0)
+    last = tl.minimum(tl.maximum(tl.load(num_accepted + n), -1), nodes - 1).to(tl.int32)
+    places = tl.where(index >= 0, last + 1, 0)
     place = 0
     node = _node_at(path, place, places, nodes)
     if node >= 0:
@@ -111,7 +111,8 @@ def commit_kernel(
         k += n * k_stride_n + head * k_stride_h
         v += n * v_stride_n + head * v_stride_h
         while node >= 0:
-            x = _advance(x, k + node * k_stride_t, v + node * v_stride_t, row, column, slope, K, V)
+            at = node.to(tl.int64)
+            x = _advance(x, k + at * k_stride_t, v + at * v_stride_t, row, column, slope, K, V)
             place += 1
             node = _node_at(path, place, places, nodes)
         tl.store(pointers, x, mask=inside)
