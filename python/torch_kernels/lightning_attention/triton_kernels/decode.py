@@ -10,19 +10,12 @@ import triton.language as tl
 
 from torch_kernels._triton import architecture, on_device
 
+from .walk import expm1
+
 BLOCK_V = 32
 BLOCK_M = 16
 # Tiles of BLOCK_M query rows that a program multiplies with its slice.
 TILES = 4
-
-
-@triton.jit
-def _expm1(x):
-    """e^x - 1 of x <= 0. Near 0 a series, where the difference would cancel."""
-    series = 1.0 + x / 10
-    for i in tl.static_range(9, 1, -1):
-        series = 1.0 + x / i * series
-    return tl.where(x > -0.7, x * series, tl.exp(x) - 1)
 
 
 @triton.jit
@@ -50,7 +43,7 @@ def _advance(x, k, v, row, column, slope, K: tl.constexpr, V: tl.constexpr):
     keys = tl.load(k + row, mask=row < K, other=0.0).to(tl.float32)
     values = tl.load(v + column, mask=column < V, other=0.0).to(tl.float32)
     added = keys[:, None] * values[None, :]
-    return tl.where(slope == float("inf"), added, x + (_expm1(-slope) * x + added))
+    return tl.where(slope == float("inf"), added, x + (expm1(-slope) * x + added))
 
 
 @triton.jit(do_not_specialize=["pool"])
