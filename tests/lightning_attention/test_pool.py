@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""step_, verify and commit_: against the sum in float64, to the bit where bits must agree, and with garbage indices."""
+"""The ops over a pool of states: against the sum in float64, to the bit where bits must agree, with garbage indices."""
 
 from __future__ import annotations
 
