@@ -33,33 +33,30 @@ class Decays:
     keys: torch.Tensor
     state: torch.Tensor
 
-    @classmethod
-    def of(cls, slopes: torch.Tensor, rows: int, tokens: int, dtype: torch.dtype) -> Decays:
-        rate = -slopes.double().repeat(rows // len(slopes))[:, None, None]
-        i = torch.arange(tokens, device=slopes.device)
-        distance = i[:, None] - i
-        pairs = torch.where(distance >= 0, (rate * distance.clamp(min=0)).exp(), 0.0)
-        queries, keys = ((rate * x[:, None]).exp() for x in (i + 1, tokens - 1 - i))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return cls(pairs.to(dtype), queries.to(dtype), keys.to(dtype), (rate * tokens).exp().to(wide))
+
+Rates = tuple[float, ...]  # the slope of each head
+
+
+@functools.lru_cache(maxsize=64)
+def decays(slopes: Rates, rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Decays:
+    rate = -torch.tensor(slopes, dtype=torch.float64, device=device).repeat(rows // len(slopes))[:, None, None]
+    i = torch.arange(tokens, device=device)
+    distance = i[:, None] - i
+    pairs = torch.where(distance >= 0, (rate * distance.clamp(min=0)).exp(), 0.0)
+    queries, keys = ((rate * x[:, None]).exp() for x in (i + 1, tokens - 1 - i))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Decays(pairs.to(dtype), queries.to(dtype), keys.to(dtype), (rate * tokens).exp().to(wide))
 
 
 def chunk_loop(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slopes: torch.Tensor,
-    chunk: int,
-    state: torch.Tensor | None = None,
-    decays: Callable[[int], Decays] | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: Rates, chunk: int, state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One chunk after the other, for all [B H] at once, the state in float32. Differentiable."""
-    decays = decays or functools.cache(lambda tokens: Decays.of(slopes, len(q), tokens, q.dtype))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     outputs = []
     for start in range(0, q.shape[1], chunk):
         qc, kc, vc = (x[:, start : start + chunk] for x in (q, k, v))
-        decay = decays(qc.shape[1])
+        decay = decays(slopes, len(q), qc.shape[1], q.dtype, q.device)
         out = torch.bmm(torch.bmm(qc, kc.mT) * decay.pairs, vc)
         added = torch.bmm((kc * decay.keys).mT, vc).to(wide)
         if state is None:
@@ -71,21 +68,21 @@ def chunk_loop(
     return torch.cat(outputs, 1), state
 
 
-def chunks_at_once(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, chunk: int, decays: Callable[[int], Decays]
-) -> torch.Tensor:
+def chunks_at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: Rates, chunk: int) -> torch.Tensor:
     """All chunks in one product, but for a loop that adds up their states; needs whole chunks."""
-    rows, decay = len(q), decays(chunk)
-    repeated = [x.repeat_interleave(q.shape[1] // chunk, 0) for x in (decay.pairs, decay.queries, decay.keys)]
-    qc, kc, vc = (x.reshape(-1, chunk, x.shape[2]) for x in (q, k, v))
-    out = torch.bmm(torch.bmm(qc, kc.mT).mul_(repeated[0]), vc)
-    states = torch.bmm((kc * repeated[2]).mT, vc).unflatten(0, (rows, -1))
+    chunks = q.shape[1] // chunk
+    decay = decays(slopes, len(q), chunk, q.dtype, q.device)
+    qc, kc, vc = (x.unflatten(1, (chunks, chunk)) for x in (q, k, v))
+    pairs = torch.matmul(qc, kc.mT).mul_(decay.pairs[:, None])
+    out = torch.matmul(pairs, vc)
+    states = torch.matmul((kc * decay.keys[:, None]).mT, vc)
     before = torch.zeros_like(states)
     state = states.new_zeros(states[:, 0].shape, dtype=torch.float32)
-    for i in range(1, states.shape[1]):
+    for i in range(1, chunks):
         state = torch.addcmul(states[:, i - 1].float(), state, decay.state)
         before[:, i] = state
-    return out.baddbmm_(qc * repeated[1], before.flatten(0, 1)).view(q.shape[0], q.shape[1], -1)
+    queries = (qc * decay.queries[:, None]).flatten(0, 1)
+    return out.flatten(0, 1).baddbmm_(queries, before.flatten(0, 1)).view(len(q), q.shape[1], -1)
 
 
 picked: dict[tuple, int] = {}
@@ -110,25 +107,22 @@ def signature(name: str, inputs: Inputs) -> tuple:
     return name, q.device, q.dtype, q.shape[0], min(q.shape[1], TUNED_TOKENS), *q.shape[2:]
 
 
+def rates(inputs: Inputs) -> Rates:
+    return tuple(inputs["slopes"].tolist())
+
+
 def torch_loop(inputs: Inputs) -> Call:
     def build(chunk: int, inputs: Inputs) -> Call:
-        q, k, v = (heads_first(inputs[name]) for name in "qkv")
-        decays = functools.cache(lambda tokens: Decays.of(inputs["slopes"], len(q), tokens, q.dtype))
-        for tokens in {min(chunk, q.shape[1]), q.shape[1] % chunk} - {0}:
-            decays(tokens)
-        batch = len(inputs["q"])
-        return lambda: tokens_first(chunk_loop(q, k, v, inputs["slopes"], chunk, decays=decays)[0], batch)
+        (q, k, v), slopes, batch = (heads_first(inputs[name]) for name in "qkv"), rates(inputs), len(inputs["q"])
+        return lambda: tokens_first(chunk_loop(q, k, v, slopes, chunk)[0], batch)
 
     return build(fastest_chunk(signature("loop", inputs), inputs, build), inputs)
 
 
 def torch_at_once(inputs: Inputs) -> Call:
     def build(chunk: int, inputs: Inputs) -> Call:
-        q, k, v = (heads_first(inputs[name]) for name in "qkv")
-        decays = functools.cache(lambda tokens: Decays.of(inputs["slopes"], len(q), tokens, q.dtype))
-        decays(chunk)
-        batch = len(inputs["q"])
-        return lambda: tokens_first(chunks_at_once(q, k, v, inputs["slopes"], chunk, decays), batch)
+        (q, k, v), slopes, batch = (heads_first(inputs[name]) for name in "qkv"), rates(inputs), len(inputs["q"])
+        return lambda: tokens_first(chunks_at_once(q, k, v, slopes, chunk), batch)
 
     return build(fastest_chunk(signature("at once", inputs), inputs, build), inputs)
 
@@ -149,13 +143,9 @@ def loop_gradients(inputs: Inputs) -> Call:
 
     def build(chunk: int, inputs: Inputs) -> Call:
         def forward(inputs: Inputs) -> Call:
-            q, k, v, rates = (inputs[name] for name in ("q", "k", "v", "slopes"))
-            decays = functools.cache(lambda tokens: Decays.of(rates, q.shape[0] * q.shape[2], tokens, q.dtype))
-            for tokens in {min(chunk, q.shape[1]), q.shape[1] % chunk} - {0}:
-                decays(tokens)
-            return lambda: tokens_first(
-                chunk_loop(*map(heads_first, (q, k, v)), rates, chunk, decays=decays)[0], len(q)
-            )  # fmt: skip
+            q, k, v = (inputs[name] for name in "qkv")
+            slopes = rates(inputs)
+            return lambda: tokens_first(chunk_loop(*map(heads_first, (q, k, v)), slopes, chunk)[0], len(q))
 
         return gradients(forward, inputs)
 

@@ -17,7 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from chunk_loops import chunk_loop, gradients, heads_first, loop_gradients, tokens_first, torch_at_once, torch_loop
+from chunk_loops import (
+    chunk_loop,
+    gradients,
+    heads_first,
+    loop_gradients,
+    rates,
+    tokens_first,
+    torch_at_once,
+    torch_loop,
+)
 from harness import Call, Case, Curve, Inputs, Prepare, main
 
 TREES = json.loads((Path(__file__).parent / "data" / "trees.json").read_text())
@@ -26,7 +35,6 @@ CHECKED_TOKENS = 4096  # of the end of a sequence, which all of it has a part in
 # Longest sequences of peers whose time grows faster, or whose launches are many.
 SDPA_TOKENS = {"cpu": 16384, "cuda": 65536}
 LOOP_TOKENS = {"cpu": 65536, "cuda": 131072}
-TRANSFORMERS_CHUNK = 256  # its default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +95,9 @@ def truth(inputs: Inputs) -> torch.Tensor:
     state = None
     for start in range(0, first, CHECKED_TOKENS):
         part = {name: inputs[name][:, start : min(start + CHECKED_TOKENS, first)].double() for name in "kv"}
-        _, state = chunk_loop(heads_first(part["k"]), *map(heads_first, part.values()), inputs["slopes"], 128, state)
+        _, state = chunk_loop(heads_first(part["k"]), *map(heads_first, part.values()), rates(inputs), 128, state)
     q, k, v = (heads_first(inputs[name][:, first:].double()) for name in "qkv")
-    return tokens_first(chunk_loop(q, k, v, inputs["slopes"], 128, state)[0], len(inputs["q"]))
+    return tokens_first(chunk_loop(q, k, v, rates(inputs), 128, state)[0], len(inputs["q"]))
 
 
 # ---- other peers ----
@@ -99,17 +107,6 @@ class Done(Exception):  # noqa: N818 (not an error: it carries the result out of
     pass
 
 
-class Given(torch.nn.Module):
-    """In the place of a projection: what it would give."""
-
-    def __init__(self, value: torch.Tensor):
-        super().__init__()
-        self.value = value
-
-    def forward(self, _: torch.Tensor) -> torch.Tensor:
-        return self.value
-
-
 class Stop(torch.nn.Module):
     """In the place of what follows the attention."""
 
@@ -117,30 +114,29 @@ class Stop(torch.nn.Module):
         raise Done(value)
 
 
-def transformers_loop(inputs: Inputs) -> Call:
-    """The loop of transformers' MiniMaxLightningAttention, without the layers around it; its state has q's dtype."""
+@functools.cache
+def transformers_module(heads: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-    q, k, v = (inputs[name] for name in "qkv")
-    batch, tokens, heads, size = q.shape
     sizes = {"hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": size}
-    config = MiniMaxConfig(**sizes, block_size=TRANSFORMERS_CHUNK, num_hidden_layers=2)
-    with torch.device(q.device):
-        module = MiniMaxLightningAttention(config, 0)
-    module.qkv_proj, module.act_fn, module.norm = (
-        Given(torch.cat([q, k, v], -1).flatten(2)),
-        torch.nn.Identity(),
-        Stop(),
-    )
-    module.out_proj = module.output_gate = torch.nn.Identity()
-    module = module.to(q.dtype)  # as a model in this precision holds it, decays included
-    hidden = q.new_empty(()).expand(batch, tokens, heads * size)
+    with torch.device(device):
+        module = MiniMaxLightningAttention(MiniMaxConfig(**sizes, num_hidden_layers=2), 0)
+    module.act_fn, module.norm = torch.nn.Identity(), Stop()
+    module.qkv_proj = module.out_proj = module.output_gate = torch.nn.Identity()
+    return module.to(dtype)  # as a model in this precision holds it, decays included
+
+
+def transformers_loop(inputs: Inputs) -> Call:
+    """The loop of transformers' MiniMaxLightningAttention, without the layers around it; its state has q's dtype."""
+    q = inputs["q"]
+    module = transformers_module(*q.shape[2:], q.dtype, q.device)
+    projected = torch.cat([inputs[name] for name in "qkv"], -1).flatten(2)
 
     def call() -> torch.Tensor:
         try:
             with torch.no_grad():
-                module(hidden, None, None)
+                module(projected, None, None)
         except Done as done:
             return done.args[0].view(q.shape)
         raise RuntimeError("the module has changed: its norm was not called")
@@ -172,7 +168,7 @@ def true_gradients(inputs: Inputs) -> torch.Tensor:
         inputs["v"].shape, generator=torch.Generator(inputs["q"].device).manual_seed(1), device=inputs["v"].device
     ).to(inputs["v"].dtype)  # fmt: skip
     leaves = [exact[name].requires_grad_() for name in "qkv"]
-    out = tokens_first(chunk_loop(*map(heads_first, leaves), inputs["slopes"], 128)[0], len(inputs["q"]))
+    out = tokens_first(chunk_loop(*map(heads_first, leaves), rates(inputs), 128)[0], len(inputs["q"]))
     return torch.autograd.grad(out, leaves, grad.double())  # type: ignore[return-value]
 
 
@@ -293,8 +289,8 @@ def step_ours(inputs: Inputs) -> Call:
     import torch_kernels
 
     q, k, v = (inputs[name][:, 0] for name in "qkv")
-    state, rates = inputs["state"].clone(), inputs["slopes"]
-    return lambda: torch_kernels.lightning_attention_step_(q, k, v, state, rates)
+    state, decay = inputs["state"].clone(), inputs["slopes"]
+    return lambda: torch_kernels.lightning_attention_step_(q, k, v, state, decay)
 
 
 def step_torch(inputs: Inputs) -> Call:
@@ -329,13 +325,13 @@ def verify_ours(inputs: Inputs) -> Call:
 def verify_torch(pool: Pool, inputs: Inputs) -> Call:
     """Dense products under a ready matrix of decays; the state in float32."""
     q, k, v = (heads_first(inputs[name]) for name in "qkv")
-    rates, wide = inputs["slopes"], torch.promote_types(q.dtype, torch.float32)
+    decay, wide = inputs["slopes"], torch.promote_types(q.dtype, torch.float32)
     distance = torch.full((pool.nodes, pool.nodes), torch.inf)
     for node, path in enumerate(pool.paths()):
         distance[node, path] = torch.arange(len(path) - 1, -1, -1.0)
     depths = torch.tensor([len(path) for path in pool.paths()], dtype=torch.float32)[:, None]
     pairs, of_state = (
-        torch.exp(-rates.double()[:, None, None] * x.to(rates.device)).repeat(pool.rows, 1, 1)
+        torch.exp(-decay.double()[:, None, None] * x.to(decay.device)).repeat(pool.rows, 1, 1)
         for x in (distance, depths)
     )
     pairs, of_state = pairs.to(q.dtype), of_state.to(wide)
@@ -367,13 +363,13 @@ def commit_ours(inputs: Inputs) -> Call:
 
 def commit_torch(dtype: torch.dtype, inputs: Inputs) -> Call:
     """The path's keys and values gathered, the state advanced by them in one product. All paths are equally long."""
-    state, rates = inputs["state"].clone().to(dtype), inputs["slopes"].double()
+    state, slope = inputs["state"].clone().to(dtype), inputs["slopes"].double()
     rows, _, heads, size = inputs["k"].shape
     length = int(inputs["num_accepted"][0]) + 1
     path = inputs["path"][:, :length, None, None].expand(-1, -1, heads, size)
-    left = torch.arange(length - 1, -1, -1, device=rates.device)
-    keys = torch.exp(-rates * left[:, None]).to(dtype)[None, :, :, None]
-    decay = torch.exp(-rates * length).to(dtype).repeat(rows)[:, None, None]
+    left = torch.arange(length - 1, -1, -1, device=slope.device)
+    keys = torch.exp(-slope * left[:, None]).to(dtype)[None, :, :, None]
+    decay = torch.exp(-slope * length).to(dtype).repeat(rows)[:, None, None]
 
     def call() -> torch.Tensor:
         k, v = (inputs[name].gather(1, path).to(dtype) for name in "kv")
