@@ -38,7 +38,7 @@ def _backends(name: str, compiled_for_cuda: bool) -> tuple[Backend, ...]:
 
 def _op(
     schema: str,
-    check: Callable[..., None],
+    check: Callable[..., Any],
     allocate: Callable[..., tuple[Tensor, ...]],
     validate: Callable[..., None],
     compiled_for_cuda: bool = False,
