@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decoding ops as Python functions: outputs first, then the arguments of the op's schema in order. Compiled into
-// every native module; TORCH_KERNELS_BACKEND names the kernels it calls. bind_cpu.cpp has the other ops.
+// every native module; TORCH_KERNELS_BACKEND names the kernels it calls. bind_sequences.cpp has the other ops.
 #include "core/bind.h"
 #include "lightning_attention/kernels.h"
 
