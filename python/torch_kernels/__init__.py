@@ -5,6 +5,8 @@ Every op exists twice under one name: as ``torch.ops.kernels.<op>`` and as ``tor
 documentation and, where the op has them, gradients.
 """
 
+from typing import Any
+
 from torch_kernels import nn, trees
 from torch_kernels._registry import SlowPathWarning, set_validation, use_backend
 from torch_kernels.calibrate import Calibration, calibrate
@@ -81,3 +83,16 @@ __all__ = [
     "trees",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `distributed` when it is first asked for: DTensor comes with it, which takes as long as the rest."""
+    if name == "distributed":
+        import importlib
+
+        return importlib.import_module("torch_kernels.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "distributed"})
