@@ -48,24 +48,38 @@ def _block(columns: int, most: int) -> int:
     return max(min(power_of_two(columns), most), 16)
 
 
-def forward_tile(element_size: int, rows: int, columns: int, arch: str) -> Tile:
+# Architectures whose tensor cores take operands from shared memory; on others they take registers.
+LARGE_TILES = ("sm_90", "sm_100")
+
+
+def forward_tile(element_size: int, rows: int, columns: int, arch: str, gates: bool = False) -> Tile:
+    """Of the walk of one output; states have so many rows, and columns that blocks divide."""
     if element_size == 4:
+        return Tile(32, _block(columns, 32), 8, 2)
+    if arch.startswith("gfx"):
         return Tile(32, _block(columns, 32), 8, 2)
     if rows > 128:
         return Tile(32, _block(columns, 32), 8, 3)
-    return Tile(64, _block(columns, 64), 8, 3)
+    if arch not in LARGE_TILES:
+        return Tile(32, _block(columns, 64), 8, 3)
+    return Tile(64, _block(columns, 32), 8, 2) if gates else Tile(64, _block(columns, 64), 8, 3)
 
 
 def states_tile(element_size: int, rows: int, columns: int, arch: str) -> Tile:
+    """Of walks without outputs."""
     return forward_tile(element_size, rows, columns, arch)
 
 
-def backward_tile(element_size: int, rows: int, columns: int, arch: str) -> Tile:
-    if element_size == 4:
-        return Tile(32, _block(max(rows, columns), 32), 8, 2)
-    if max(rows, columns) > 128:
-        return Tile(32, _block(max(rows, columns), 32), 8, 3)
-    return Tile(64, _block(max(rows, columns), 64), 8, 3)
+def backward_tile(element_size: int, rows: int, columns: int, arch: str, gates: bool = False) -> Tile:
+    """Of the three walks of the backward pass, whose states have rows where others have columns."""
+    size = max(rows, columns)
+    if element_size == 4 or arch.startswith("gfx"):
+        return Tile(32, _block(size, 32), 8, 2)
+    if size > 128:
+        return Tile(32, _block(size, 32), 8, 3)
+    if arch not in LARGE_TILES:
+        return Tile(32, _block(size, 64), 8, 3)
+    return Tile(64, _block(size, 32), 8, 2) if gates else Tile(64, _block(size, 64), 8, 3)
 
 
 def _blocks(columns: int, tile: Tile) -> int:
@@ -76,15 +90,10 @@ def _segments(programs: int) -> int:
     return max(TARGET_PROGRAMS // programs, 1)
 
 
-def forward_segments(heads: int, rows: int, columns: int, element_size: int, arch: str) -> int:
+def forward_segments(heads: int, columns: int, tile: Tile) -> int:
     """Segments that a sequence has at most."""
-    return _segments(heads * _blocks(columns, forward_tile(element_size, rows, columns, arch)))
+    return _segments(heads * _blocks(columns, tile))
 
 
-def state_segments(heads: int, rows: int, columns: int, element_size: int, arch: str) -> int:
-    return _segments(heads * _blocks(columns, states_tile(element_size, rows, columns, arch)))
-
-
-def backward_segments(heads: int, rows: int, columns: int, element_size: int, arch: str) -> int:
-    tile = backward_tile(element_size, rows, columns, arch)
+def backward_segments(heads: int, rows: int, columns: int, tile: Tile) -> int:
     return _segments(heads * (2 * _blocks(rows, tile) + _blocks(columns, tile)))

@@ -26,24 +26,27 @@ def _case(name, kernel, kind, constants, absent=(), types=None, tile=None):
 
 
 def aot_cases(arch: str):
-    def heads(kind, size, columns, segments):
-        tile = [choose(BYTES[kind], size, columns, arch) for choose in (forward_tile, states_tile, backward_tile)]
-        return tile, rows(size, BYTES[kind]) | {"V": columns, "SPLIT": segments > 1, "SPAN": SPAN}
+    def heads(kind, size, columns, segments, gates=False):
+        shape = (BYTES[kind], size, columns, arch)
+        tiles = forward_tile(*shape, gates), states_tile(*shape), backward_tile(*shape, gates)
+        return tiles, rows(size, BYTES[kind]) | {"V": columns, "SPLIT": segments > 1, "SPAN": SPAN}
 
     def forward(kind, size, columns, segments=1, gates=False, group=1):
-        tiles, sizes = heads(kind, size, columns, segments)
+        tiles, sizes = heads(kind, size, columns, segments, gates)
         absent = ("slopes",) if gates else ("gates",)
         absent += () if segments > 1 else ("cu_seqlens", "states")
         name = f"attention_{kind}_{size}x{columns}{'_gates' * gates}{'_segments' * (segments > 1)}"
         return _case(name, attention_kernel, kind, sizes | {"GROUP": group}, absent, tile=tiles[0])
 
     def backward(kind, size, columns, segments=1, gates=False, group=1):
-        tiles, sizes = heads(kind, size, columns, segments)
+        tiles, sizes = heads(kind, size, columns, segments, gates)
         values = rows(columns, BYTES[kind])
         sizes |= {"V0": values["K0"], "V1": values["K1"], "V_PARTS": values["PARTS"]}
         absent = ("slopes",) if gates else ("gates",)
         absent += () if segments > 1 else ("cu_seqlens", "states", "grad_states", "grad_initial")
-        name = f"backward_{kind}_{size}x{columns}{'_gates' * gates}{'_segments' * (segments > 1)}{'_group' * (group > 1)}"
+        name = (
+            f"backward_{kind}_{size}x{columns}{'_gates' * gates}{'_segments' * (segments > 1)}{'_group' * (group > 1)}"
+        )
         return _case(name, backward_kernel, kind, sizes | {"GROUP": group, "MARK": MARK}, absent, tile=tiles[2])
 
     def states(kind, size, columns, gates=False, reverse=False):

@@ -4,7 +4,6 @@
 Where the heads alone fill a GPU a sequence is one segment. Otherwise the states before each segment are computed first.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -32,7 +31,9 @@ def attention_kernel(
     block = tl.program_id(0) % BLOCKS
     head = tl.program_id(0) // BLOCKS % heads
     item = tl.program_id(0) // BLOCKS // heads
-    sequence, start, length, begin, end, present = locate(cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN)
+    sequence, start, length, begin, end, present = locate(
+        cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN
+    )
     if not present:
         return
     batch = sequence if cu_seqlens is None else sequence * 0
@@ -69,9 +70,8 @@ def _forward(out, final_state, q, k, v, slopes, gates, initial_state, cu_seqlens
     slopes, gates, initial = (None if x is None else x.contiguous() for x in (slopes, gates, initial_state))
     final = final_state if output_final_state else None
     scale = 1.0 if scale is None else scale
-    arch = architecture(q.device)
-    tile = forward_tile(q.element_size(), size, columns, arch)
-    segments = forward_segments(heads, size, columns, q.element_size(), arch) if tokens > SPAN else 1
+    tile = forward_tile(q.element_size(), size, columns, architecture(q.device), gates is not None)
+    segments = forward_segments(heads, columns, tile) if tokens > SPAN else 1
     items, parts = room(cu_seqlens, batch, tokens, segments, SPAN)
     with on_device(q):
         states = initial
@@ -80,8 +80,8 @@ def _forward(out, final_state, q, k, v, slopes, gates, initial_state, cu_seqlens
         attention_kernel[(items * heads * triton.cdiv(columns, tile.block),)](
             out, final, q, k, v, slopes, gates, states, cu_seqlens, scale, tokens, sequences, parts, segments, heads,
             *strides(q), *strides(k), *strides(v),
-            GROUP=heads // key_heads, **rows(size, q.element_size()), V=columns, SPLIT=segments > 1, SPAN=SPAN, C=tile.chunk,
-            BLOCK=tile.block, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            GROUP=heads // key_heads, **rows(size, q.element_size()), V=columns, SPLIT=segments > 1, SPAN=SPAN,
+            C=tile.chunk, BLOCK=tile.block, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 

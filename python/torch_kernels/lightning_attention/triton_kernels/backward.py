@@ -48,7 +48,9 @@ def backward_kernel(
     programs = query_programs + heads * (K_BLOCKS + V_BLOCKS)
     item = tl.program_id(0) // programs
     program = tl.program_id(0) % programs
-    sequence, start, length, begin, end, present = locate(cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN)
+    sequence, start, length, begin, end, present = locate(
+        cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN
+    )
     if not present:
         return
     for_query = program < query_programs
@@ -108,8 +110,8 @@ def backward_kernel(
             dk + (first_row * heads + head) * K,
             dots + (K_BLOCKS * GROUP * heads + (block - V_BLOCKS) * heads + head) * rows_in_all + first_row,
             v, grad, q, k, slope, gates, grad_states, None, None, scale, begin, end, length, False,
-            heads * K, v_token * 8, grad_token * 8, grad_head * 8, q_token * 8, q_head * 8, k_token * 8, heads, 0, column,
-            V, V0, V1, V_PARTS, K, BLOCK, C, True, GROUP, True, MARK,
+            heads * K, v_token * 8, grad_token * 8, grad_head * 8, q_token * 8, q_head * 8, k_token * 8, heads, 0,
+            column, V, V0, V1, V_PARTS, K, BLOCK, C, True, GROUP, True, MARK,
         )  # fmt: skip
 
 
@@ -161,7 +163,9 @@ def decay_gradient_kernel(
     if gates is None:
         sums = tl.cumsum(tl.where(last, r + at_end, r), axis=0, reverse=True)
         gradient = -tl.sum(tl.where(exists, sums, 0.0), axis=0)
-        tl.store(out + item.to(tl.int64) * heads + head, tl.where(tl.load(slopes + head) == float("inf"), 0.0, gradient))
+        tl.store(
+            out + item.to(tl.int64) * heads + head, tl.where(tl.load(slopes + head) == float("inf"), 0.0, gradient)
+        )
     else:
         gate = gates + row * heads + head
         reset = tl.load(gate, mask=exists, other=0.0) == -float("inf")
@@ -199,9 +203,9 @@ def _backward(
     )
     grad_initial = None if initial is None else grad_initial
     scale = 1.0 if scale is None else scale
-    group, device, arch = query_heads // heads, q.device, architecture(q.device)
-    tile = backward_tile(q.element_size(), size, columns, arch)
-    segments = backward_segments(heads, size, columns, q.element_size(), arch) if tokens > SPAN else 1
+    group, device = query_heads // heads, q.device
+    tile = backward_tile(q.element_size(), size, columns, architecture(device), gates is not None)
+    segments = backward_segments(heads, size, columns, tile) if tokens > SPAN else 1
     items, parts = room(cu_seqlens, batch, tokens, segments, SPAN)
     marks, mark_parts = room(cu_seqlens, batch, tokens, EVERY.value, MARK)
     key_blocks, value_blocks = triton.cdiv(size, tile.block), triton.cdiv(columns, tile.block)
@@ -220,7 +224,8 @@ def _backward(
             dq, dk, dv, dots, state_marks, grad_marks, grad_initial, grad, q, k, v, slopes, gates, states, grad_states,
             cu_seqlens, scale, tokens, sequences, parts, segments, mark_parts, heads,
             *strides(q), *strides(k), *strides(v), *strides(grad),
-            GROUP=group, **rows(size, k.element_size()), V=columns, V0=low, V1=high, V_PARTS=value_parts, SPLIT=segments > 1, SPAN=SPAN, MARK=MARK, C=tile.chunk,
+            GROUP=group, **rows(size, k.element_size()), V=columns, V0=low, V1=high, V_PARTS=value_parts,
+            SPLIT=segments > 1, SPAN=SPAN, MARK=MARK, C=tile.chunk,
             BLOCK=tile.block, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         decay_gradient_kernel[(marks * heads,)](

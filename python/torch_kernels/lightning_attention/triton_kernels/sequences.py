@@ -89,7 +89,7 @@ def room(cu_seqlens, batch: int, tokens: int, segments: int, span: int) -> tuple
     if segments == 1:
         return sequences, 1
     if cu_seqlens is None:
-        size = max(-(-(-(-tokens // segments)) // span), 1) * span
-        parts = max(-(-tokens // size), 1)
+        size = max(triton.cdiv(triton.cdiv(tokens, segments), span), 1) * span
+        parts = max(triton.cdiv(tokens, size), 1)
         return batch * parts, parts
     return tokens // span + sequences, 0

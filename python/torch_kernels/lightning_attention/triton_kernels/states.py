@@ -9,9 +9,9 @@ import triton.language as tl
 
 from torch_kernels._triton import architecture, on_device
 
-from ..heuristics import SPAN, split_rows, state_segments, states_tile
+from ..heuristics import SPAN, forward_segments, split_rows, states_tile
 from .sequences import address, bounds, first_part, locate, room, segment_size
-from .walk import LOG2E, expm1, load_rows, load_state, store_sum, walk
+from .walk import LOG2E, expm1, load_row, load_rows, load_state, store_sum, walk
 
 SCAN_BLOCK = 1024
 
@@ -24,7 +24,8 @@ def segment_states_kernel(
     states, decays, k, v, slopes, gates, cu_seqlens, scale, tokens, sequences, parts, segments, heads,
     k_batch, k_token, k_head, v_batch, v_token, v_head,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
-    MEMBERS: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    MEMBERS: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """states [segments, heads, K, V]: what each segment adds to the state after it (REVERSE: to the gradient before
     it). decays [segments, heads]: the sum of its gates."""
@@ -32,7 +33,9 @@ def segment_states_kernel(
     block = tl.program_id(0) % BLOCKS
     head = tl.program_id(0) // BLOCKS % heads
     item = tl.program_id(0) // BLOCKS // heads
-    sequence, start, length, begin, end, present = locate(cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN)
+    sequence, start, length, begin, end, present = locate(
+        cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN
+    )
     if not present:
         return
     batch = sequence if cu_seqlens is None else sequence * 0
@@ -50,8 +53,8 @@ def segment_states_kernel(
             tl.store(decays + target, total)
     column = block * BLOCK + tl.arange(0, BLOCK)
     walk(
-        None, None, None, k, v, None, slope, gates, None, states + target * (K * V), None, scale, begin, end, length, True,
-        0, 0, k_token * 8, k_head * 8, v_token * 8, v_head * 8, 0, heads, 0, column,
+        None, None, None, k, v, None, slope, gates, None, states + target * (K * V), None, scale, begin, end, length,
+        True, 0, 0, k_token * 8, k_head * 8, v_token * 8, v_head * 8, 0, heads, 0, column,
         K, K0, K1, PARTS, V, BLOCK, C, REVERSE, MEMBERS, False, 1,
     )  # fmt: skip
 
@@ -104,7 +107,9 @@ def apply_state_kernel(
     block = tl.program_id(0) % BLOCKS
     head = tl.program_id(0) // BLOCKS % heads
     item = tl.program_id(0) // BLOCKS // heads
-    sequence, start, length, begin, end, present = locate(cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN)
+    sequence, start, length, begin, end, present = locate(
+        cu_seqlens, item, tokens, sequences, parts, segments, SPLIT, SPAN
+    )
     if not present:
         return
     batch = sequence if cu_seqlens is None else sequence * 0
@@ -127,10 +132,24 @@ def apply_state_kernel(
             if K1 > 0:
                 q1 = load_rows(rows, q_token * 8, row, exists, K0 + tl.arange(0, K1), SIZE, K0 + K1 > SIZE)
                 result = tl.dot(q1, high.to(q1.dtype), result, input_precision="ieee")
-            weight = tl.exp2(-slope * LOG2E * (first + row + 1).to(tl.float32))
-            result = tl.where(slope == float("inf"), 0.0, result * (weight * scale)[:, None])
-            target = out + at * (heads * V) + row[:, None] * (heads * V) + column[None, :]
-            store_sum(target, result, exists[:, None] & (column < V)[None, :], part, PARTS > 1)
+            weight = tl.exp2(-slope * LOG2E * (first + row + 1).to(tl.float32)) * scale
+            result *= weight[:, None]
+            target = out + at * (heads * V) + column
+            # As in a walk; an infinite slope is selected, too.
+            if tl.sum(tl.sum(tl.abs(result), axis=1), axis=0) < float("inf"):
+                store_sum(
+                    target[None, :] + row[:, None] * (heads * V), result, exists[:, None] & (column < V)[None, :], part,
+                    PARTS > 1,
+                )  # fmt: skip
+            else:
+                for i in tl.range(0, tl.minimum(C, end - first), num_stages=1):
+                    line = rows + i * (q_token * 8)
+                    exact = tl.sum(load_row(line, tl.arange(0, K0), SIZE)[:, None] * low, axis=0)
+                    if K1 > 0:
+                        exact += tl.sum(load_row(line, K0 + tl.arange(0, K1), SIZE)[:, None] * high, axis=0)
+                    exact *= tl.exp2(-slope * LOG2E * (first + i + 1).to(tl.float32)) * scale
+                    exact = tl.where(slope == float("inf"), 0.0, exact)
+                    store_sum(target + i * (heads * V), exact, column < V, part, PARTS > 1)
 
 
 def aligned(x):
@@ -165,8 +184,10 @@ def segment_states(k, v, slopes, gates, initial, final, cu_seqlens, scale, heads
     decays = None if gates is None else torch.empty(items, heads, dtype=torch.float32, device=k.device)
     tile = states_tile(k.element_size(), size, columns, architecture(k.device))
     segment_states_kernel[(items * heads * triton.cdiv(columns, tile.block),)](
-        states, decays, k, v, slopes, gates, cu_seqlens, scale, tokens, sequences, parts, segments, heads, *strides(k), *strides(v),
-        **rows(size, k.element_size()), V=columns, MEMBERS=key_heads // heads, REVERSE=reverse, SPLIT=not alone, SPAN=SPAN, C=tile.chunk, BLOCK=tile.block,
+        states, decays, k, v, slopes, gates, cu_seqlens, scale, tokens, sequences, parts, segments, heads,
+        *strides(k), *strides(v),
+        **rows(size, k.element_size()), V=columns, MEMBERS=key_heads // heads, REVERSE=reverse,
+        SPLIT=not alone, SPAN=SPAN, C=tile.chunk, BLOCK=tile.block,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if not alone:
@@ -182,7 +203,8 @@ def lightning_chunk_state(out, k, v, slopes, cu_seqlens):
         return
     k, v, slopes = aligned(k), aligned(v), slopes.contiguous()
     heads = k.shape[2]
-    segments = state_segments(heads, k.shape[-1], v.shape[-1], k.element_size(), architecture(k.device))
+    tile = states_tile(k.element_size(), k.shape[-1], v.shape[-1], architecture(k.device))
+    segments = forward_segments(heads, v.shape[-1], tile) if k.shape[1] > SPAN else 1
     with on_device(k):
         segment_states(k, v, slopes, None, None, out, cu_seqlens, 1.0, heads, segments, alone=segments == 1)
 

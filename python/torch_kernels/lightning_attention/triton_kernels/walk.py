@@ -53,25 +53,21 @@ def _chunk_decay(slope, gates, gate_token, row, exists, count, REVERSE: tl.const
         change = expm1(-slope * count.to(tl.float32))
     else:
         g = tl.load(gates + row * gate_token, mask=exists, other=0.0)
-        reset = g == -float("inf")
-        # What decays by exp(-128) is gone. With sums of multiples of 1/1024, which are exact, and of the small rest,
-        # no difference of sums loses digits.
-        g = tl.where(reset, 0.0, tl.where(g < -128.0, -128.0, g))
+        # exp(-128) is 0, and so a reset's decay. With sums of multiples of 1/1024, which are exact, and of the small
+        # rest, no difference of sums loses digits.
+        g = tl.where(g < -128.0, -128.0, g)
         coarse = tl.floor(g * 1024.0) / 1024.0
         fine = g - coarse
         coarse_sum, fine_sum = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
-        # Tokens in different eras have a reset between them.
-        era = tl.cumsum(reset.to(tl.int32), axis=0)
-        coarse_total, fine_total, eras = tl.sum(coarse, axis=0), tl.sum(fine, axis=0), tl.sum(reset.to(tl.int32), axis=0)
-        difference = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
+        coarse_total, fine_total = tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
         if REVERSE:
-            difference = -difference
-        visible = visible & (era[:, None] == era[None, :])
+            difference = (coarse_sum[None, :] - coarse_sum[:, None]) + (fine_sum[None, :] - fine_sum[:, None])
+        else:
+            difference = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
         inner = tl.exp2(difference * LOG2E)
-        head = tl.where(era == 0, tl.exp2((coarse_sum + fine_sum) * LOG2E), 0.0)
-        tail = (coarse_total - coarse_sum) + (fine_total - fine_sum)
-        tail = tl.where(era == eras, tl.exp2(tail * LOG2E), 0.0)
-        change = tl.where(eras > 0, -1.0, expm1(coarse_total + fine_total))
+        head = tl.exp2((coarse_sum + fine_sum) * LOG2E)
+        tail = tl.exp2(((coarse_total - coarse_sum) + (fine_total - fine_sum)) * LOG2E)
+        change = expm1(coarse_total + fine_total)
     if REVERSE:
         to_query, to_state = tail, head
     else:
@@ -100,9 +96,7 @@ def state_part(state, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LE
 
 
 @triton.jit
-def load_state(
-    state, column, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, LEAD: tl.constexpr
-):
+def load_state(state, column, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, LEAD: tl.constexpr):
     """The state's first K0 rows and the K1 rows after them; zeros where there is no state."""
     if state is None:
         low = tl.zeros((K0, column.shape[0]), tl.float32)
@@ -136,8 +130,8 @@ def _store_mark(
     marks, mark_step, low, high, column, position, stop,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, LEAD: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    """Keeps the state between the tokens before `position` and those after it, where an interval of MARK tokens ends. Nothing
-    with a negative `stop`."""
+    """Keeps the state between the tokens before `position` and those after it, where an interval of MARK tokens ends.
+    Nothing with a negative `stop`."""
     if ((position % MARK == 0) & (position < stop)) | (position == stop):
         target = marks + ((position - 1) // MARK).to(tl.int64) * mark_step
         store_state(target, low, high, column, K, K0, K1, V, LEAD)
@@ -154,7 +148,7 @@ def store_sum(target, value, mask, part, ADD: tl.constexpr):
 @triton.jit
 def _add_keys(
     q0, q1, k, v, result, low, high, inner, visible, to_state, key_scale, row, exists, k_token, v_token, column,
-    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, RESETS: tl.constexpr,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds a chunk's keys and values to the results of its queries, unless q0 is None, and to the state."""
     k0 = load_rows(k, k_token, row, exists, tl.arange(0, K0), K, K0 > K)
@@ -167,10 +161,7 @@ def _add_keys(
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
         scores = tl.where(visible, scores * (inner * key_scale), 0.0)
         result = tl.dot(scores.to(values.dtype), values, result, input_precision="ieee")
-    weighted = values * (to_state * key_scale)[:, None]
-    if RESETS:
-        weighted = tl.where((to_state > 0.0)[:, None], weighted, 0.0)
-    weighted = weighted.to(values.dtype)
+    weighted = (values * (to_state * key_scale)[:, None]).to(values.dtype)
     low = tl.dot(tl.trans(k0), weighted, low, input_precision="ieee")
     if K1 > 0:
         high = tl.dot(tl.trans(k1), weighted, high, input_precision="ieee")
@@ -204,7 +195,9 @@ def _walk_part(
             _store_mark(marks, mark_step, low, high, column, first + count, stop, K, K0, K1, V, LEAD, MARK)
         at = first.to(tl.int64)
         gates_at = None if gates is None else gates + at * gate_token
-        inner, visible, to_query, to_state, change = _chunk_decay(slope, gates_at, gate_token, row, exists, count, REVERSE)
+        inner, visible, to_query, to_state, change = _chunk_decay(
+            slope, gates_at, gate_token, row, exists, count, REVERSE
+        )
 
         q0, q1, result = None, None, alarm
         if q is not None:
@@ -219,15 +212,15 @@ def _walk_part(
             high += high * change
         if MEMBERS == 1:
             result, low, high = _add_keys(
-                q0, q1, k + at * k_token, v + at * v_token, result, low, high, inner, visible, to_state, key_scale, row, exists,
-                k_token, v_token, column, K, K0, K1, V, BLOCK, gates is not None,
+                q0, q1, k + at * k_token, v + at * v_token, result, low, high, inner, visible, to_state, key_scale,
+                row, exists, k_token, v_token, column, K, K0, K1, V, BLOCK,
             )  # fmt: skip
         else:
             for member in range(MEMBERS):
                 result, low, high = _add_keys(
                     q0, q1, k + at * k_token + member * k_member, v + at * v_token + member * v_member, result, low,
                     high, inner, visible, to_state, key_scale, row, exists,
-                    k_token, v_token, column, K, K0, K1, V, BLOCK, gates is not None,
+                    k_token, v_token, column, K, K0, K1, V, BLOCK,
                 )  # fmt: skip
 
         if q is not None:
@@ -237,7 +230,10 @@ def _walk_part(
                 partner = load_rows(other + at * other_token, other_token, row, exists, column, V, V % BLOCK > 0)
                 store_sum(dots + at + row, tl.sum(result * partner, axis=1), exists, part, ADD)
             target = out + at * out_token + row[:, None] * out_token + column[None, :]
-            store_sum(target, result, exists[:, None] & (column < V)[None, :], part, ADD)
+            inside = exists[:, None]
+            if V % BLOCK > 0:
+                inside = inside & (column < V)[None, :]
+            store_sum(target, result, inside, part, ADD)
         else:
             state_alarm += tl.sum(tl.abs(low), axis=1)
         if marks is not None and not REVERSE:
@@ -254,7 +250,7 @@ def _walk_part(
 
 
 @triton.jit
-def _load_row(x, column, SIZE: tl.constexpr):
+def load_row(x, column, SIZE: tl.constexpr):
     return tl.load(x + column, mask=column < SIZE, other=0.0).to(tl.float32)
 
 
@@ -291,18 +287,18 @@ def _token(
         if K1 > 0:
             high = _decayed(high, change, reset)
     for member in range(MEMBERS):
-        values = _load_row(v + at * v_token + member * v_member, column, V) * (scale if REVERSE else 1.0)
+        values = load_row(v + at * v_token + member * v_member, column, V) * (scale if REVERSE else 1.0)
         k_at = k + at * k_token + member * k_member
-        low += _outer(_load_row(k_at, column0, K), values, column0, K, K0 > K)
+        low += _outer(load_row(k_at, column0, K), values, column0, K, K0 > K)
         if K1 > 0:
-            high += _outer(_load_row(k_at, column1, K), values, column1, K, K0 + K1 > K)
+            high += _outer(load_row(k_at, column1, K), values, column1, K, K0 + K1 > K)
     if q is not None:
-        result = tl.sum(_load_row(q + at * q_token, column0, K)[:, None] * low, axis=0)
+        result = tl.sum(load_row(q + at * q_token, column0, K)[:, None] * low, axis=0)
         if K1 > 0:
-            result += tl.sum(_load_row(q + at * q_token, column1, K)[:, None] * high, axis=0)
+            result += tl.sum(load_row(q + at * q_token, column1, K)[:, None] * high, axis=0)
         result *= 1.0 if REVERSE else scale
         if other is not None:
-            partner = _load_row(other + at * other_token, column, V)
+            partner = load_row(other + at * other_token, column, V)
             store_sum(dots + at, tl.sum(result * partner, axis=0), part >= 0, part, ADD)
         store_sum(out + at * out_token + column, result, column < V, part, ADD)
     if marks is not None and not REVERSE:
