@@ -12,7 +12,7 @@ from harness import Call, Inputs, Prepare
 from harness.timing import cpu_sampler, cuda_sampler
 
 CHUNKS = (32, 64, 128, 256)
-TUNED_TOKENS = 4096  # on which chunk sizes are compared
+TUNED_TOKENS = 2048  # on which chunk sizes are compared
 
 
 def heads_first(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def fastest_chunk(key: tuple, inputs: Inputs, build: Callable[[int, Inputs], Cal
             if part["q"].shape[1] % chunk == 0:
                 calls = [build(chunk, part)]
                 sampler = cpu_sampler(calls) if part["q"].device.type == "cpu" else cuda_sampler(calls)[0]
-                times[chunk] = min(sampler() for _ in range(5))
+                times[chunk] = min(sampler() for _ in range(3))
         picked[key] = min(times, key=times.__getitem__)
     return picked[key]
 
