@@ -13,13 +13,24 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
 
-template <class Real>
-inline double dot(const Real* a, const Real* b, int64_t count) {
-  Vector<Real> sum{};
-  for (int64_t c = 0; c < count; c += kLanes<Real>) sum += load(a + c) * load(b + c);
-  double total = 0;
-  for (int i = 0; i < kLanes<Real>; i++) total += double(sum[i]);
-  return total;
+// Sums of few are in Real, all of them in double.
+template <class Element, class Real>
+inline double dot(const Element* a, const Real* b, int64_t count) {
+  constexpr int lanes = kLanes<Real>, few = 8 * lanes;
+  auto numbers = [](const auto* from) {
+    if constexpr (std::is_same_v<Real, double>)
+      return load(from);
+    else
+      return load_float(from);
+  };
+  double total[lanes] = {}, all = 0;
+  for (int64_t c = 0; c < count; c += few) {
+    Vector<Real> sum{};
+    for (int64_t e = c; e < std::min(count, c + few); e += lanes) sum += numbers(a + e) * load(b + e);
+    for (int i = 0; i < lanes; i++) total[i] += double(sum[i]);
+  }
+  for (int i = 0; i < lanes; i++) all += total[i];
+  return all;
 }
 
 // Buffers for a block in one kind of arithmetic.
@@ -158,13 +169,16 @@ class Backward {
   double back(const Real* state, int64_t block) {
     set_decay(block);
     std::copy_n(carry, state_size, old_carry);
-    if (back_with<Fast, false>(fast, state, block)) return finish(block);
-    std::copy_n(old_carry, state_size, carry);
-    if constexpr (std::is_same_v<Fast, Real>)
-      back_with<Real, true>(fast, state, block);
-    else
-      back_with<Real, true>(careful, state, block);
-    return finish(block);
+    if (!back_with<Fast, false>(fast, state, block)) {
+      std::copy_n(old_carry, state_size, carry);
+      if constexpr (std::is_same_v<Fast, Real>)
+        back_with<Real, true>(fast, state, block);
+      else
+        back_with<Real, true>(careful, state, block);
+    }
+    if (!p.decay.gates) return shared_gradient(tokens_of(block));
+    store_gradients(first_token(block), tokens_of(block));
+    return 0;
   }
 
   // False if there are numbers that are not finite: then it has to be done again, with care.
@@ -187,8 +201,9 @@ class Backward {
     scale_rows(dv, value_size, decay.to_state, Real(1), entering, tokens, tokens);
     for (int j = 0; j < tokens; j++) {
       through_pairs[j] = through_before[j] = 0;
-      through_after[j] = j < entering ? 0 : row_dot(b.k.row(j), dk + j * key_stride, key_size);
+      through_after[j] = j < entering ? 0 : dot(b.k.row(j), dk + j * key_stride, padded(key_size));
     }
+    by_distance = 0;
     through_block = decay.resets() ? 0 : (1 + double(decay.minus_one)) * dot(state, carry, state_size);
     for (int64_t i = 0; i < state_size; i += kLanes<Real>) {
       Vector<Real> value = load(carry + i);
@@ -211,7 +226,7 @@ class Backward {
         multiply<false>(b.grad.units(), b.grad.unit_stride(), before_turned, dq, key_stride, seeing, padded(key_size),
                         value_units);
       scale_rows(dq, key_size, decay.from_state, Real(p.scale), 0, seeing, tokens);
-      for (int i = 0; i < seeing; i++) through_before[i] += row_dot(b.q.row(i), dq + i * key_stride, key_size);
+      for (int i = 0; i < seeing; i++) through_before[i] += dot(b.q.row(i), dq + i * key_stride, padded(key_size));
 
       lower<Unit, care>(b, products, right_k, dq, key_stride, padded(key_size), tokens);
       for (int i = 0; i < tokens; i++)
@@ -232,19 +247,6 @@ class Backward {
     return true;
   }
 
-  template <class Element>
-  static double row_dot(const Element* a, const Real* b, int64_t count) {
-    if constexpr (std::is_same_v<Element, Real>) {
-      return dot(a, b, padded(count));
-    } else {
-      Vector<float> sum{};
-      for (int64_t c = 0; c < padded(count); c += kLanes<float>) sum += load_float(a + c) * load(b + c);
-      double total = 0;
-      for (int i = 0; i < kLanes<float>; i++) total += double(sum[i]);
-      return total;
-    }
-  }
-
   // Makes weights of both scores, and adds what each pair of different tokens contributes to the loss: to its later
   // token, less to its earlier one.
   void add_pairs(int tokens) {
@@ -252,17 +254,20 @@ class Backward {
     weigh(scores, decay, Real(p.scale), tokens);
     Real earlier[kMaxBlock] = {};
     MaskOf<Real> lane;
-    for (int c = 0; c < lanes; c++) lane[c] = c;
+    Vector<Real> number;
+    for (int c = 0; c < lanes; c++) lane[c] = c, number[c] = Real(c);
+    auto distance = [&](int i, int j) { return Real(i - j) - number; };
     for (int i = 0; i < tokens; i++) {
-      Vector<Real> later{};
+      Vector<Real> later{}, weighted{};
       for (int j = 0; j < i; j += lanes) {
         MaskOf<Real> place = lane + j;
         Vector<Real> pair = load(scores + i * kScores + j) * load(products + i * kScores + j);
         pair = (place >= decay.first[i]) & (place < i) ? pair : Vector<Real>{};
         later += pair;
+        weighted += pair * distance(i, j);
         store(earlier + j, load(earlier + j) + pair);
       }
-      for (int c = 0; c < lanes; c++) through_pairs[i] += double(later[c]);
+      for (int c = 0; c < lanes; c++) through_pairs[i] += double(later[c]), by_distance += double(weighted[c]);
     }
     for (int j = 0; j < tokens; j++) through_pairs[j] -= double(earlier[j]);
     weigh(products, decay, Real(p.scale), tokens);
@@ -297,11 +302,17 @@ class Backward {
     }
   }
 
-  // The gradient of each token's log decay; returns their sum.
-  double finish(int64_t block) {
-    int64_t t = first_token(block);
-    int tokens = tokens_of(block);
-    double gradient[kMaxBlock], later = 0, before = 0, after = 0, sum = 0;
+  // The gradient of a log decay that all tokens share: each contribution as often as it decays.
+  double shared_gradient(int tokens) const {
+    if (decay.resets()) return 0;
+    double sum = by_distance + tokens * through_block;
+    for (int i = 0; i < tokens; i++) sum += (i + 1) * through_before[i] + (tokens - 1 - i) * through_after[i];
+    return sum;
+  }
+
+  // The gradient of each token's own: all that passes through it.
+  void store_gradients(int64_t t, int tokens) const {
+    double gradient[kMaxBlock], later = 0, before = 0, after = 0;
     for (int i = tokens; i-- > 0;) {
       if (i + 1 < tokens && decay.first[i + 1] == i + 1) later = 0;
       later += through_pairs[i];
@@ -312,14 +323,11 @@ class Backward {
       if (i > decay.last_reset) gradient[i] += after + through_block;
       if (i >= decay.last_reset) after += through_after[i];
       if (is_reset(i)) gradient[i] = 0;
-      sum += gradient[i];
-      if (!p.decay.gates) continue;
       if (p.grad_decay.dtype == DType::float64)
         *p.grad_decay.at<double>(sequence.batch, t + i, h) = gradient[i];
       else
         *p.grad_decay.at<float>(sequence.batch, t + i, h) = float(gradient[i]);
     }
-    return sum;
   }
 
   bool is_reset(int i) const { return decay.resets() && i >= decay.first_reset && decay.first[i] == i; }
@@ -338,6 +346,7 @@ class Backward {
   // Contributions to the loss: of pairs of tokens of the block, by their later less by their earlier token; of the
   // state before it, by output; of its tokens through the state after it; of the state before it through that.
   double through_pairs[kMaxBlock], through_before[kMaxBlock], through_after[kMaxBlock], through_block;
+  double by_distance;  // of pairs, times the tokens between them
 };
 
 }  // namespace

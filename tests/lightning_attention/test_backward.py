@@ -60,7 +60,17 @@ def check(backend: Backend, case: Case, final: bool = True) -> None:
     ]
     for name, x in found.items():
         assert x.dtype == args[name].dtype
-        assert_accurate(f"gradient of {name}", x, truth[name], *(p[name] for p in plain))
+        # The slopes' gradients are sums of large numbers that may cancel.
+        floor = rounding_of_sums(grads, args) if name == "slopes" else 0.0
+        assert_accurate(f"gradient of {name}", x, truth[name], *(p[name] for p in plain), floor=floor)
+
+
+def rounding_of_sums(grads: list[Tensor | None], args: dict[str, Any]) -> float:
+    """Two units in the last place of the float32 magnitudes of what the tokens contribute."""
+    gates = {name: x for name, x in args.items() if name != "slopes"}
+    gates["g"] = oracle.log_decay(args["k"], args["slopes"], None)
+    contributions = oracle.gradients(oracle.attention, *grads, F64, **gates)["g"].abs().sum((0, 1))
+    return 2 * torch.finfo(F32).eps * float(contributions.max()) if args["q"].dtype != F64 else 0.0
 
 
 @for_all(data=st.data(), examples=40)
