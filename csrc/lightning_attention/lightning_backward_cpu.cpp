@@ -159,6 +159,17 @@ class Backward {
     }
   }
 
+  void look_ahead(int64_t block) {
+    constexpr int64_t size = sizeof(Stored);
+    if (block < 0) return ahead.start(0);
+    int64_t t = first_token(block), batch = sequence.batch, head = h * (p.q.size[2] / p.k.size[2]);
+    ahead.start(kTokens);
+    ahead.add(p.k.at<const Stored>(batch, t, h), p.k.stride[1] * size, int(key_size * size));
+    ahead.add(p.v.at<const Stored>(batch, t, h), p.v.stride[1] * size, int(value_size * size));
+    ahead.add(p.q.at<const Stored>(batch, t, head), p.q.stride[1] * size, int(key_size * size));
+    ahead.add(p.grad_out.at<const Stored>(batch, t, head), p.grad_out.stride[1] * size, int(value_size * size));
+  }
+
   void advance(Real* state, int64_t block) {
     set_decay(block);
     int64_t t = first_token(block);
@@ -168,6 +179,7 @@ class Backward {
 
   double back(const Real* state, int64_t block) {
     set_decay(block);
+    look_ahead(block - 1);
     std::copy_n(carry, state_size, old_carry);
     if (!back_with<Fast, false>(fast, state, block)) {
       std::copy_n(old_carry, state_size, carry);
@@ -194,9 +206,9 @@ class Backward {
     // What reaches the loss through the state after the block.
     Right<Unit> after_turned = b.over_values(carry, b.grad_state_turned, key_size, value_size);
     Right<Unit> after = over_rows<Unit>(carry, stride, b.grad_state, padded(key_size), padded(value_size));
-    multiply<false>(b.v.units(), b.v.unit_stride(), after_turned, dk, key_stride, tokens, padded(key_size),
-                    value_units);
-    multiply<false>(b.k.units(), b.k.unit_stride(), after, dv, stride, tokens, padded(value_size), key_units);
+    multiply<false>(b.v.units(), b.v.unit_stride(), after_turned, dk, key_stride, tokens, padded(key_size), value_units,
+                    ahead);
+    multiply<false>(b.k.units(), b.k.unit_stride(), after, dv, stride, tokens, padded(value_size), key_units, ahead);
     scale_rows(dk, key_size, decay.to_state, Real(1), entering, tokens, tokens);
     scale_rows(dv, value_size, decay.to_state, Real(1), entering, tokens, tokens);
     for (int j = 0; j < tokens; j++) {
@@ -218,13 +230,13 @@ class Backward {
       finite = b.q.load(p.q.at<const Stored>(batch, t, head), p.q.stride[1], tokens);
       finite &= b.grad.load(p.grad_out.at<const Stored>(batch, t, head), p.grad_out.stride[1], tokens);
       if (!finite && !care) return false;
-      lower_scores(b.q, keys, scores, tokens);
-      lower_scores(b.grad, values, products, tokens);
+      lower_scores(b.q, keys, scores, tokens, ahead);
+      lower_scores(b.grad, values, products, tokens, ahead);
       add_pairs(tokens);
 
       if (seeing > 0)
         multiply<false>(b.grad.units(), b.grad.unit_stride(), before_turned, dq, key_stride, seeing, padded(key_size),
-                        value_units);
+                        value_units, ahead);
       scale_rows(dq, key_size, decay.from_state, Real(p.scale), 0, seeing, tokens);
       for (int i = 0; i < seeing; i++) through_before[i] += dot(b.q.row(i), dq + i * key_stride, padded(key_size));
 
@@ -238,7 +250,7 @@ class Backward {
       for (int i = 0; i < seeing; i++) state_weight[i] = decay.from_state[i] * Real(p.scale);
       KeysAndValues<Unit>::scale_rows(b.q, state_weight, 0, seeing);
       if (seeing > 0)
-        KeysAndValues<Unit>::add_products(b.q, right_grad, b.right_q, b.turned_q, carry, value_size, 0, seeing);
+        KeysAndValues<Unit>::add_products(b.q, right_grad, b.right_q, b.turned_q, carry, value_size, 0, seeing, ahead);
     }
     for (int j = 0; j < tokens; j++) {
       store_row<Stored>(dk + j * key_stride, p.grad_k.at<Stored>(batch, t + j, h), int(key_size));
@@ -286,19 +298,20 @@ class Backward {
                             int(padded(tokens)));
       units = b.weights;
     }
-    triangle<false, true, care>(units, kScores / kPack<Unit>, right, out, out_stride, int(columns), tokens, decay);
+    triangle<false, true, care>(units, kScores / kPack<Unit>, right, out, out_stride, int(columns), tokens, decay,
+                                ahead);
   }
   template <class Unit, bool care>
   void upper(Block<Unit>& b, Real* weights, Right<Unit> right, Real* out, int64_t out_stride, int64_t columns,
              int tokens) {
     if constexpr (kPack<Unit> == 1) {
-      triangle<true, false, care>(weights, kScores, right, out, out_stride, int(columns), tokens, decay);
+      triangle<true, false, care>(weights, kScores, right, out, out_stride, int(columns), tokens, decay, ahead);
     } else {
       int64_t count = padded(tokens);
       Right<Unit> pairs = over_rows<Unit>(weights, kScores, b.pairs, count, count);
       int64_t units = row_stride(kMaxBlock / 2);
       transpose_units(pairs.data, pairs.stride, b.weights, units, count / 2, count);
-      triangle<true, true, care>(b.weights, units, right, out, out_stride, int(columns), tokens, decay);
+      triangle<true, true, care>(b.weights, units, right, out, out_stride, int(columns), tokens, decay, ahead);
     }
   }
 
@@ -340,6 +353,7 @@ class Backward {
   Block<Real> careful;
   StateWalk<Stored> walk;
   BlockDecay<Real> decay;
+  Ahead ahead;
   int decayed = 0;
   Real *scores, *products, *dq, *dk, *dv, *carry, *old_carry, *starts, *states;
   Real state_weight[kMaxBlock];
