@@ -170,6 +170,30 @@ struct Rows {
   }
 };
 
+// Brings the rows of the next block into the cache while this one is computed: a few between products, because a core
+// can wait for no more. They are far apart in memory, so the processor does not do it by itself.
+class Ahead {
+ public:
+  void start(int tokens) { rows = tokens, next = count = 0; }
+  void add(const void* first, int64_t row_bytes, int width_bytes) {
+    sources[count++] = {static_cast<const char*>(first), row_bytes, width_bytes};
+  }
+  void step(int more) {
+    for (int end = std::min(rows, next + more); next < end; next++)
+      for (int i = 0; i < count; i++)
+        for (int byte = 0; byte < sources[i].width; byte += 64)
+          prefetch(sources[i].first + next * sources[i].stride + byte);
+  }
+
+ private:
+  struct Source {
+    const char* first;
+    int64_t stride;
+    int width;
+  } sources[4];
+  int count = 0, rows = 0, next = 0;
+};
+
 // Numbers of a head's rows in the tensor's dtype.
 template <class Stored>
 inline void store_row(const CarefulUnit<Stored>* from, Stored* to, int count) {
@@ -248,9 +272,11 @@ inline constexpr int kGroup = careful                  ? 1
 
 // scores[i][j] = left[i] · right[j] for j <= i at least; `channels` counts units.
 template <class Unit>
-inline void lower_scores(const Rows<Unit>& left, Right<Unit> right, AccumulatorOf<Unit>* scores, int tokens) {
+inline void lower_scores(const Rows<Unit>& left, Right<Unit> right, AccumulatorOf<Unit>* scores, int tokens,
+                         Ahead& ahead) {
   constexpr int group = kGroup<Unit, false>;
   for (int i = 0; i < tokens; i += group) {
+    ahead.step(group / 4);
     int rows = kMultipliesTiles<Unit> ? group : std::min(group, tokens - i);
     int columns = (i + rows + 15) / 16 * 16;
     matmul<false, true>(left.units() + i * left.unit_stride(), left.unit_stride(), right.data, right.stride,
@@ -284,9 +310,10 @@ inline void weigh(Real* scores, const BlockDecay<Real>& decay, Real factor, int 
 // weights are those of their transpose unless `row_major`.
 template <bool upper, bool row_major, bool careful, class Unit, class Real = AccumulatorOf<Unit>>
 inline void triangle(const Unit* weights, int64_t stride, Right<Unit> right, Real* out, int64_t out_stride, int columns,
-                     int tokens, const BlockDecay<Real>& decay) {
+                     int tokens, const BlockDecay<Real>& decay, Ahead& ahead) {
   constexpr int group = kGroup<Unit, careful>, whole = kMultipliesTiles<Unit> ? 32 : kPack<Unit>;
   for (int i = 0; i < tokens; i += group) {
+    ahead.step((group + 3) / 4);
     int rows = kMultipliesTiles<Unit> ? group : std::min(group, tokens - i);
     int from = upper ? i : careful ? decay.first[i] : 0;
     int to = !upper ? std::min(i + group, tokens) : careful ? decay.end[i] : tokens;
@@ -300,9 +327,15 @@ inline void triangle(const Unit* weights, int64_t stride, Right<Unit> right, Rea
 // A product with all rows; tiles need whole groups of 16, and the rows have room for that.
 template <bool accumulate, bool row_major = true, class Unit>
 inline void multiply(const Unit* left, int64_t stride, Right<Unit> right, AccumulatorOf<Unit>* out, int64_t out_stride,
-                     int64_t rows, int64_t columns, int64_t units) {
-  matmul<accumulate, row_major>(left, stride, right.data, right.stride, out, out_stride,
-                                int(kMultipliesTiles<Unit> ? (rows + 15) / 16 * 16 : rows), int(columns), int(units));
+                     int64_t rows, int64_t columns, int64_t units, Ahead& ahead) {
+  constexpr int64_t group = 32;
+  for (int64_t i = 0; i < rows; i += group) {
+    int64_t part = std::min(group, rows - i);
+    ahead.step(int(group) / 4);
+    matmul<accumulate, row_major>(left + i * (row_major ? stride : 1), stride, right.data, right.stride,
+                                  out + i * out_stride, out_stride,
+                                  int(kMultipliesTiles<Unit> ? (part + 15) / 16 * 16 : part), int(columns), int(units));
+  }
 }
 
 // Rows [from, to) of [tokens][row_stride(width)] times factor[i] * scale, the others zero.
@@ -337,22 +370,22 @@ struct KeysAndValues {
 
   // state += left^T right over tokens [from, tokens); the rows of `left` before are zero.
   static void add_products(const Rows<Unit>& left, Right<Unit> right, Unit* packed, Unit* turned, Real* state,
-                           int64_t value_size, int from, int tokens) {
+                           int64_t value_size, int from, int tokens, Ahead& ahead) {
     int64_t rows = left.width, columns = padded(value_size);
     if constexpr (kPack<Unit> == 1) {
       multiply<true, false>(left.units() + from * left.unit_stride(), left.unit_stride(),
                             Right<Unit>{right.data + from * right.stride, right.stride}, state, row_stride(value_size),
-                            rows, columns, tokens - from);
+                            rows, columns, tokens - from, ahead);
     } else {
       Right<Unit> pairs = over_rows(left, packed, tokens);
       int64_t stride = row_stride(kMaxBlock / 2), count = padded(tokens) / 2;
       transpose_units(pairs.data, pairs.stride, turned, stride, count, padded(rows));
-      multiply<true>(turned, stride, right, state, row_stride(value_size), rows, columns, count);
+      multiply<true>(turned, stride, right, state, row_stride(value_size), rows, columns, count, ahead);
     }
   }
 
   // Scales the keys. `right` are the values over_rows.
-  void advance(Real* state, Right<Unit> right, const BlockDecay<Real>& decay, int tokens, bool zero) {
+  void advance(Real* state, Right<Unit> right, const BlockDecay<Real>& decay, int tokens, bool zero, Ahead& ahead) {
     int64_t columns = padded(v.width), stride = row_stride(v.width);
     int from = std::max(decay.last_reset, 0);
     scale_rows(k, decay.to_state, from, tokens);
@@ -361,7 +394,7 @@ struct KeysAndValues {
         Vector<Real> value = load(state + c * stride + e);
         store(state + c * stride + e, decay.resets() ? Vector<Real>{} : value * decay.minus_one + value);
       }
-    add_products(k, right, packed_keys, turned_keys, state, v.width, from, tokens);
+    add_products(k, right, packed_keys, turned_keys, state, v.width, from, tokens, ahead);
   }
 
   // Rows [from, to) times a factor each, the others zero.
@@ -407,7 +440,8 @@ class StateWalk {
     bool finite = kv.k.load(k, k_stride, tokens);
     finite &= kv.v.load(v, v_stride, tokens);
     if (!finite && kPack<Unit> > 1) return false;
-    kv.advance(state, over_rows(kv.v, kv.packed_values, tokens), decay, tokens, zero);
+    Ahead nothing;
+    kv.advance(state, over_rows(kv.v, kv.packed_values, tokens), decay, tokens, zero, nothing);
     return true;
   }
 

@@ -13,13 +13,24 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
 
-template <class Real>
-inline double dot(const Real* a, const Real* b, int64_t count) {
-  Vector<Real> sum{};
-  for (int64_t c = 0; c < count; c += kLanes<Real>) sum += load(a + c) * load(b + c);
-  double total = 0;
-  for (int i = 0; i < kLanes<Real>; i++) total += double(sum[i]);
-  return total;
+// Sums of few are in Real, all of them in double.
+template <class Element, class Real>
+inline double dot(const Element* a, const Real* b, int64_t count) {
+  constexpr int lanes = kLanes<Real>, few = 8 * lanes;
+  auto numbers = [](const auto* from) {
+    if constexpr (std::is_same_v<Real, double>)
+      return load(from);
+    else
+      return load_float(from);
+  };
+  double total[lanes] = {}, all = 0;
+  for (int64_t c = 0; c < count; c += few) {
+    Vector<Real> sum{};
+    for (int64_t e = c; e < std::min(count, c + few); e += lanes) sum += numbers(a + e) * load(b + e);
+    for (int i = 0; i < lanes; i++) total[i] += double(sum[i]);
+  }
+  for (int i = 0; i < lanes; i++) all += total[i];
+  return all;
 }
 
 // Buffers for a block in one kind of arithmetic.
@@ -148,6 +159,17 @@ class Backward {
     }
   }
 
+  void look_ahead(int64_t block) {
+    constexpr int64_t size = sizeof(Stored);
+    if (block < 0) return ahead.start(0);
+    int64_t t = first_token(block), batch = sequence.batch, head = h * (p.q.size[2] / p.k.size[2]);
+    ahead.start(kTokens);
+    ahead.add(p.k.at<const Stored>(batch, t, h), p.k.stride[1] * size, int(key_size * size));
+    ahead.add(p.v.at<const Stored>(batch, t, h), p.v.stride[1] * size, int(value_size * size));
+    ahead.add(p.q.at<const Stored>(batch, t, head), p.q.stride[1] * size, int(key_size * size));
+    ahead.add(p.grad_out.at<const Stored>(batch, t, head), p.grad_out.stride[1] * size, int(value_size * size));
+  }
+
   void advance(Real* state, int64_t block) {
     set_decay(block);
     int64_t t = first_token(block);
@@ -157,14 +179,18 @@ class Backward {
 
   double back(const Real* state, int64_t block) {
     set_decay(block);
+    look_ahead(block - 1);
     std::copy_n(carry, state_size, old_carry);
-    if (back_with<Fast, false>(fast, state, block)) return finish(block);
-    std::copy_n(old_carry, state_size, carry);
-    if constexpr (std::is_same_v<Fast, Real>)
-      back_with<Real, true>(fast, state, block);
-    else
-      back_with<Real, true>(careful, state, block);
-    return finish(block);
+    if (!back_with<Fast, false>(fast, state, block)) {
+      std::copy_n(old_carry, state_size, carry);
+      if constexpr (std::is_same_v<Fast, Real>)
+        back_with<Real, true>(fast, state, block);
+      else
+        back_with<Real, true>(careful, state, block);
+    }
+    if (!p.decay.gates) return shared_gradient(tokens_of(block));
+    store_gradients(first_token(block), tokens_of(block));
+    return 0;
   }
 
   // False if there are numbers that are not finite: then it has to be done again, with care.
@@ -180,15 +206,16 @@ class Backward {
     // What reaches the loss through the state after the block.
     Right<Unit> after_turned = b.over_values(carry, b.grad_state_turned, key_size, value_size);
     Right<Unit> after = over_rows<Unit>(carry, stride, b.grad_state, padded(key_size), padded(value_size));
-    multiply<false>(b.v.units(), b.v.unit_stride(), after_turned, dk, key_stride, tokens, padded(key_size),
-                    value_units);
-    multiply<false>(b.k.units(), b.k.unit_stride(), after, dv, stride, tokens, padded(value_size), key_units);
+    multiply<false>(b.v.units(), b.v.unit_stride(), after_turned, dk, key_stride, tokens, padded(key_size), value_units,
+                    ahead);
+    multiply<false>(b.k.units(), b.k.unit_stride(), after, dv, stride, tokens, padded(value_size), key_units, ahead);
     scale_rows(dk, key_size, decay.to_state, Real(1), entering, tokens, tokens);
     scale_rows(dv, value_size, decay.to_state, Real(1), entering, tokens, tokens);
     for (int j = 0; j < tokens; j++) {
       through_pairs[j] = through_before[j] = 0;
-      through_after[j] = j < entering ? 0 : row_dot(b.k.row(j), dk + j * key_stride, key_size);
+      through_after[j] = j < entering ? 0 : dot(b.k.row(j), dk + j * key_stride, padded(key_size));
     }
+    by_distance = 0;
     through_block = decay.resets() ? 0 : (1 + double(decay.minus_one)) * dot(state, carry, state_size);
     for (int64_t i = 0; i < state_size; i += kLanes<Real>) {
       Vector<Real> value = load(carry + i);
@@ -203,15 +230,15 @@ class Backward {
       finite = b.q.load(p.q.at<const Stored>(batch, t, head), p.q.stride[1], tokens);
       finite &= b.grad.load(p.grad_out.at<const Stored>(batch, t, head), p.grad_out.stride[1], tokens);
       if (!finite && !care) return false;
-      lower_scores(b.q, keys, scores, tokens);
-      lower_scores(b.grad, values, products, tokens);
+      lower_scores(b.q, keys, scores, tokens, ahead);
+      lower_scores(b.grad, values, products, tokens, ahead);
       add_pairs(tokens);
 
       if (seeing > 0)
         multiply<false>(b.grad.units(), b.grad.unit_stride(), before_turned, dq, key_stride, seeing, padded(key_size),
-                        value_units);
+                        value_units, ahead);
       scale_rows(dq, key_size, decay.from_state, Real(p.scale), 0, seeing, tokens);
-      for (int i = 0; i < seeing; i++) through_before[i] += row_dot(b.q.row(i), dq + i * key_stride, key_size);
+      for (int i = 0; i < seeing; i++) through_before[i] += dot(b.q.row(i), dq + i * key_stride, padded(key_size));
 
       lower<Unit, care>(b, products, right_k, dq, key_stride, padded(key_size), tokens);
       for (int i = 0; i < tokens; i++)
@@ -223,26 +250,13 @@ class Backward {
       for (int i = 0; i < seeing; i++) state_weight[i] = decay.from_state[i] * Real(p.scale);
       KeysAndValues<Unit>::scale_rows(b.q, state_weight, 0, seeing);
       if (seeing > 0)
-        KeysAndValues<Unit>::add_products(b.q, right_grad, b.right_q, b.turned_q, carry, value_size, 0, seeing);
+        KeysAndValues<Unit>::add_products(b.q, right_grad, b.right_q, b.turned_q, carry, value_size, 0, seeing, ahead);
     }
     for (int j = 0; j < tokens; j++) {
       store_row<Stored>(dk + j * key_stride, p.grad_k.at<Stored>(batch, t + j, h), int(key_size));
       store_row<Stored>(dv + j * stride, p.grad_v.at<Stored>(batch, t + j, h), int(value_size));
     }
     return true;
-  }
-
-  template <class Element>
-  static double row_dot(const Element* a, const Real* b, int64_t count) {
-    if constexpr (std::is_same_v<Element, Real>) {
-      return dot(a, b, padded(count));
-    } else {
-      Vector<float> sum{};
-      for (int64_t c = 0; c < padded(count); c += kLanes<float>) sum += load_float(a + c) * load(b + c);
-      double total = 0;
-      for (int i = 0; i < kLanes<float>; i++) total += double(sum[i]);
-      return total;
-    }
   }
 
   // Makes weights of both scores, and adds what each pair of different tokens contributes to the loss: to its later
@@ -252,17 +266,20 @@ class Backward {
     weigh(scores, decay, Real(p.scale), tokens);
     Real earlier[kMaxBlock] = {};
     MaskOf<Real> lane;
-    for (int c = 0; c < lanes; c++) lane[c] = c;
+    Vector<Real> number;
+    for (int c = 0; c < lanes; c++) lane[c] = c, number[c] = Real(c);
+    auto distance = [&](int i, int j) { return Real(i - j) - number; };
     for (int i = 0; i < tokens; i++) {
-      Vector<Real> later{};
+      Vector<Real> later{}, weighted{};
       for (int j = 0; j < i; j += lanes) {
         MaskOf<Real> place = lane + j;
         Vector<Real> pair = load(scores + i * kScores + j) * load(products + i * kScores + j);
         pair = (place >= decay.first[i]) & (place < i) ? pair : Vector<Real>{};
         later += pair;
+        weighted += pair * distance(i, j);
         store(earlier + j, load(earlier + j) + pair);
       }
-      for (int c = 0; c < lanes; c++) through_pairs[i] += double(later[c]);
+      for (int c = 0; c < lanes; c++) through_pairs[i] += double(later[c]), by_distance += double(weighted[c]);
     }
     for (int j = 0; j < tokens; j++) through_pairs[j] -= double(earlier[j]);
     weigh(products, decay, Real(p.scale), tokens);
@@ -281,27 +298,34 @@ class Backward {
                             int(padded(tokens)));
       units = b.weights;
     }
-    triangle<false, true, care>(units, kScores / kPack<Unit>, right, out, out_stride, int(columns), tokens, decay);
+    triangle<false, true, care>(units, kScores / kPack<Unit>, right, out, out_stride, int(columns), tokens, decay,
+                                ahead);
   }
   template <class Unit, bool care>
   void upper(Block<Unit>& b, Real* weights, Right<Unit> right, Real* out, int64_t out_stride, int64_t columns,
              int tokens) {
     if constexpr (kPack<Unit> == 1) {
-      triangle<true, false, care>(weights, kScores, right, out, out_stride, int(columns), tokens, decay);
+      triangle<true, false, care>(weights, kScores, right, out, out_stride, int(columns), tokens, decay, ahead);
     } else {
       int64_t count = padded(tokens);
       Right<Unit> pairs = over_rows<Unit>(weights, kScores, b.pairs, count, count);
       int64_t units = row_stride(kMaxBlock / 2);
       transpose_units(pairs.data, pairs.stride, b.weights, units, count / 2, count);
-      triangle<true, true, care>(b.weights, units, right, out, out_stride, int(columns), tokens, decay);
+      triangle<true, true, care>(b.weights, units, right, out, out_stride, int(columns), tokens, decay, ahead);
     }
   }
 
-  // The gradient of each token's log decay; returns their sum.
-  double finish(int64_t block) {
-    int64_t t = first_token(block);
-    int tokens = tokens_of(block);
-    double gradient[kMaxBlock], later = 0, before = 0, after = 0, sum = 0;
+  // The gradient of a log decay that all tokens share: each contribution as often as it decays.
+  double shared_gradient(int tokens) const {
+    if (decay.resets()) return 0;
+    double sum = by_distance + tokens * through_block;
+    for (int i = 0; i < tokens; i++) sum += (i + 1) * through_before[i] + (tokens - 1 - i) * through_after[i];
+    return sum;
+  }
+
+  // The gradient of each token's own: all that passes through it.
+  void store_gradients(int64_t t, int tokens) const {
+    double gradient[kMaxBlock], later = 0, before = 0, after = 0;
     for (int i = tokens; i-- > 0;) {
       if (i + 1 < tokens && decay.first[i + 1] == i + 1) later = 0;
       later += through_pairs[i];
@@ -312,14 +336,11 @@ class Backward {
       if (i > decay.last_reset) gradient[i] += after + through_block;
       if (i >= decay.last_reset) after += through_after[i];
       if (is_reset(i)) gradient[i] = 0;
-      sum += gradient[i];
-      if (!p.decay.gates) continue;
       if (p.grad_decay.dtype == DType::float64)
         *p.grad_decay.at<double>(sequence.batch, t + i, h) = gradient[i];
       else
         *p.grad_decay.at<float>(sequence.batch, t + i, h) = float(gradient[i]);
     }
-    return sum;
   }
 
   bool is_reset(int i) const { return decay.resets() && i >= decay.first_reset && decay.first[i] == i; }
@@ -332,12 +353,14 @@ class Backward {
   Block<Real> careful;
   StateWalk<Stored> walk;
   BlockDecay<Real> decay;
+  Ahead ahead;
   int decayed = 0;
   Real *scores, *products, *dq, *dk, *dv, *carry, *old_carry, *starts, *states;
   Real state_weight[kMaxBlock];
   // Contributions to the loss: of pairs of tokens of the block, by their later less by their earlier token; of the
   // state before it, by output; of its tokens through the state after it; of the state before it through that.
   double through_pairs[kMaxBlock], through_before[kMaxBlock], through_after[kMaxBlock], through_block;
+  double by_distance;  // of pairs, times the tokens between them
 };
 
 }  // namespace

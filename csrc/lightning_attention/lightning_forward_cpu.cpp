@@ -68,6 +68,7 @@ class Forward {
       } else if (tokens != decayed) {
         decay.constant(rate_of(p.decay.slopes, h), decayed = tokens);
       }
+      look_ahead(sequence, t + tokens, h);
       bool last = t + tokens == sequence.end && !wanted;
       if (!block<Fast, false>(fast, sequence.batch, t, h, tokens, last)) {
         if constexpr (std::is_same_v<Fast, Real>)
@@ -81,6 +82,16 @@ class Forward {
   }
 
  private:
+  void look_ahead(const Sequence& sequence, int64_t t, int64_t h) {
+    constexpr int64_t size = sizeof(Stored);
+    int64_t head = h * (p.q.size[2] / p.k.size[2]);
+    ahead.start(int(std::min<int64_t>(kTokens, sequence.end - t)));
+    ahead.add(p.k.at<const Stored>(sequence.batch, t, h), p.k.stride[1] * size, int(key_size * size));
+    ahead.add(p.v.at<const Stored>(sequence.batch, t, h, first_value), p.v.stride[1] * size, int(values * size));
+    ahead.add(p.q.at<const Stored>(sequence.batch, t, head), p.q.stride[1] * size, int(key_size * size));
+    ahead.add(p.out.at<const Stored>(sequence.batch, t, head, first_value), p.out.stride[1] * size, int(values * size));
+  }
+
   // False if there are numbers that are not finite: then it has to be done again, with care.
   template <class Unit, bool care>
   bool block(Block<Unit>& b, int64_t batch, int64_t t, int64_t h, int tokens, bool last) {
@@ -97,18 +108,18 @@ class Forward {
     int64_t group = p.q.size[2] / p.k.size[2];
     for (int64_t head = h * group; head < (h + 1) * group; head++) {
       if (!b.q.load(p.q.at<const Stored>(batch, t, head), p.q.stride[1], tokens) && !care) return false;
-      lower_scores(b.q, keys, scores, tokens);
+      lower_scores(b.q, keys, scores, tokens, ahead);
       weigh(scores, decay, Real(p.scale), tokens);
       if (sees_state)
         multiply<false>(b.q.units(), b.q.unit_stride(), before, out, row_stride(values), decay.first_reset,
-                        padded(values), padded(key_size) / kPack<Unit>);
+                        padded(values), padded(key_size) / kPack<Unit>, ahead);
       scale_rows(out, values, decay.from_state, Real(p.scale), 0, sees_state ? decay.first_reset : 0, tokens);
       triangle<false, true, care>(b.weights_of(scores, tokens), row_stride(kMaxBlock) / kPack<Unit>, right, out,
-                                  row_stride(values), int(padded(values)), tokens, decay);
+                                  row_stride(values), int(padded(values)), tokens, decay, ahead);
       for (int i = 0; i < tokens; i++)
         store_row(out + i * row_stride(values), p.out.at<Stored>(batch, t + i, head, first_value), int(values));
     }
-    if (!last) b.kv.advance(state, right, decay, tokens, zero);
+    if (!last) b.kv.advance(state, right, decay, tokens, zero, ahead);
     return true;
   }
 
@@ -117,6 +128,7 @@ class Forward {
   Block<Fast> fast;
   Block<Real> careful;
   BlockDecay<Real> decay;
+  Ahead ahead;
   Real *state, *scores, *out;
   bool zero;  // whether the state is
 };

@@ -42,6 +42,7 @@ void apply_state(const LightningApplyStateParams& p, int64_t n, int64_t h, int64
   static thread_local Scratch::Block memory;
   int64_t key_size = p.q.size[3], group = p.q.size[2] / p.state.size[1], stride = row_stride(values);
   Rows<Unit> q;
+  Ahead nothing;
   Unit* packed = nullptr;
   Real *state = nullptr, *out = nullptr;
   Scratch::plan(memory, [&](Scratch& scratch) {
@@ -61,7 +62,7 @@ void apply_state(const LightningApplyStateParams& p, int64_t n, int64_t h, int64
       q.load(p.q.at<const Stored>(sequence.batch, t, head), p.q.stride[1], tokens);
       if (!forgets)
         multiply<false>(q.units(), q.unit_stride(), right, out, stride, tokens, padded(values),
-                        padded(key_size) / kPack<Unit>);
+                        padded(key_size) / kPack<Unit>, nothing);
       for (int i = 0; i < tokens; i++) {
         Real factor = Real(std::exp(-slope * double(t + i + 1 - sequence.begin)) * p.scale), *row = out + i * stride;
         for (int64_t c = 0; c < padded(values); c += kLanes<Real>)

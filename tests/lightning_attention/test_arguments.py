@@ -56,7 +56,7 @@ STATES = ["initial_state", "grad_final_state"]
 
 # (op, which sample, argument, what to do with it, names one of which the message must contain)
 WRONG: list[tuple[str, int, str, Any, str]] = [
-    *[(op, 0, name, flat, name) for op, decay in FORWARD + BACKWARD for name in ("q", "k", "v", decay)],
+    *[(op, 0, name, flat, name) for op, _ in FORWARD + BACKWARD for name in ("q", "k", "v")],
     *[(op, 0, name, cast(I32), name) for op, decay in FORWARD + BACKWARD for name in ("q", decay)],
     *[(op, 0, name, cast(F16), "q|k|v") for op, _ in FORWARD + BACKWARD for name in ("q", "k", "v")],
     *[(op, 0, decay, cast(F64), decay) for op, decay in FORWARD + BACKWARD],
@@ -76,15 +76,15 @@ WRONG: list[tuple[str, int, str, Any, str]] = [
       for change in (cast(F32), lambda x: x[None], lambda x: x[:0])],
     *[(op, 1, "q", lambda x: x.repeat(2, 1, 1, 1), "q|k|B") for op, _ in FORWARD],
     *[(op, 0, "grad_out", change, "grad_out") for op, _ in BACKWARD for change in (flat, shorter, cast(F16))],
-    *[("lightning_chunk_state", 0, name, flat, name) for name in ("k", "v", "slopes")],
+    *[("lightning_chunk_state", 0, name, flat, name) for name in ("k", "v")],
     ("lightning_chunk_state", 0, "v", cast(F16), "v"),
     ("lightning_chunk_state", 0, "slopes", shorter, "slopes"),
     ("lightning_chunk_state", 1, "cu_seqlens", cast(F32), "cu_seqlens"),
-    *[("lightning_apply_state", 0, name, flat, name) for name in ("q", "state", "slopes")],
+    *[("lightning_apply_state", 0, name, flat, name) for name in ("q", "state")],
     ("lightning_apply_state", 0, "state", cast(F16), "state"),
     ("lightning_apply_state", 0, "state", fewer_rows, "state"),
     ("lightning_apply_state", 1, "cu_seqlens", cast(F32), "cu_seqlens"),
-    *[(op, 1, name, flat, name) for op in POOL for name in ("k", "v", "state", "slopes")],
+    *[(op, 1, name, flat, name) for op in POOL for name in ("k", "v", "state")],
     *[(op, 1, "state", change, "state") for op in POOL for change in (cast(F16), cast(F64), shorter)],
     *[(op, 0, "state", fewer_rows, "state") for op in POOL],
     *[(op, 1, "slopes", cast(F16), "slopes") for op in POOL],

@@ -17,7 +17,7 @@ from . import oracle
 from .cases import DECAYS, Case, cases, make, need, wide
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-CHUNKS = (16, 64)
+CHUNKS = (8, 16, 32, 64, 128)  # a slope's gradient is one number: its error is a sample, so several are taken
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,24 @@ def check(backend: Backend, case: Case, final: bool = True) -> None:
     ]
     for name, x in found.items():
         assert x.dtype == args[name].dtype
-        assert_accurate(f"gradient of {name}", x, truth[name], *(p[name] for p in plain))
+        # The slopes' gradients are sums of large numbers that may cancel.
+        floor = rounding_of_sums(grads, args) if name == "slopes" else 0.0
+        assert_accurate(f"gradient of {name}", x, truth[name], *(p[name] for p in plain), floor=floor)
+
+
+def rounding_of_sums(grads: list[Tensor | None], args: dict[str, Any]) -> float:
+    """Of what the tokens contribute: two units in the last place of float32 each; and where states and weights are
+    rounded to 16 bits for products, errors of random sign in these."""
+    dtype = args["q"].dtype
+    if dtype == F64:
+        return 0.0
+    gates = {name: x for name, x in args.items() if name != "slopes"}
+    gates["g"] = oracle.log_decay(args["k"], args["slopes"], None)
+    contributions = oracle.gradients(oracle.attention, *grads, F64, **gates)["g"].flatten(0, 1)
+    if not len(contributions):
+        return 0.0
+    rounded = torch.finfo(dtype).eps * float(contributions.norm(dim=0).max()) if dtype != F32 else 0.0
+    return 2 * torch.finfo(F32).eps * float(contributions.abs().sum(0).max()) + rounded
 
 
 @for_all(data=st.data(), examples=40)

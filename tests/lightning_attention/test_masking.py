@@ -35,6 +35,12 @@ def ones(args: dict[str, Any]) -> Tensor:
     return q.new_ones((*q.shape[:3], v.shape[3]))
 
 
+def assert_near(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Equal but for rounding: products of few rows may be added up in another order than those of many."""
+    bound = 8 * torch.finfo(dtype or actual.dtype).eps * float(expected.abs().max())
+    assert float((actual.double() - expected.double()).abs().max()) <= bound, f"{name} is influenced"
+
+
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("decay", ["slopes", "gates"])
 def test_other_sequences(backend: Backend, decay: str, value: float) -> None:
@@ -67,9 +73,7 @@ def test_later_tokens(backend: Backend, decay: str, value: float) -> None:
         for first in (75, 41):
             bad = poisoned(args, value, slice(first, first + 1), "q", "k", "v")
             dirty, _ = run(backend, case, bad)
-            close = 0 if dtype in (torch.float32, torch.float64) else 8
-            difference = (dirty[:, :first].double() - out[:, :first].double()).abs().max()
-            assert difference <= (1 + close) * 1e-4 * float(out.abs().max()), "a later token has influence"
+            assert_near("out", dirty[:, :first], out[:, :first])
             assert not dirty[:, first].isfinite().any()
 
 
@@ -86,8 +90,8 @@ def test_before_a_reset(backend: Backend, value: float) -> None:
             bad["initial_state"] = torch.full_like(args["initial_state"], value)
             (out, state), (dirty, dirty_state) = run(backend, case, args), run(backend, case, bad)
             assert dirty[:, reset:].isfinite().all() and dirty_state.isfinite().all()
-            assert torch.allclose(dirty[:, reset:].float(), out[:, reset:].float(), rtol=1e-2, atol=1e-2)
-            assert torch.allclose(dirty_state, state, rtol=1e-2, atol=1e-2)
+            assert_near("out", dirty[:, reset:], out[:, reset:])
+            assert_near("state", dirty_state, state, dtype)
             for x in gradients(backend, case, bad, ones(args))[:4]:
                 assert x[:, reset:].isfinite().all()
             assert (gradients(backend, case, bad, ones(args))[3][:, reset] == 0).all()
