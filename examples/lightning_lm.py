@@ -179,7 +179,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def write(model: Model, logits: Tensor, states: list[LightningState], count: int, seconds: float) -> tuple[bytes, float]:
+def write(
+    model: Model, logits: Tensor, states: list[LightningState], count: int, seconds: float
+) -> tuple[bytes, float]:
     """Samples up to so many bytes, one step each, for at most so long: the bytes, and how many per second."""
     generator = torch.Generator(logits.device).manual_seed(model.config.seed)
     written, start = [], time.perf_counter()
@@ -253,7 +255,7 @@ def main() -> None:
         config = dataclasses.replace(config, steps=args.steps)
     device = torch.device(args.device)
     model, history = trained_model(config, device)
-    print("held out: {:.2f} bits per byte after {} steps".format(history[-1][2], history[-1][0]))
+    print(f"held out: {history[-1][2]:.2f} bits per byte after {history[-1][0]} steps")
     if args.plot and find_spec("matplotlib"):
         plot(history, args.plot)
         print(f"plot: {args.plot}")
