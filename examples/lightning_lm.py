@@ -169,10 +169,13 @@ def compare(model: Model, text: Tensor) -> float:
     return (torch.cat(parts, dim=1).log_softmax(-1) - whole).abs().max().item()
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in MB: on a GPU torch's, else the process's."""
+def memory_in_use(device: torch.device) -> float:
+    """In MB: on a GPU torch's, else the process's, or the most it ever had where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return torch.cuda.memory_allocated(device) / 1e6
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
@@ -203,7 +206,7 @@ def stream(model: Model, text: Tensor, length: int, seconds: float) -> bytes:
     states = model.init_state(1)
     logits = model(text[None, :PIECE], states)
     written, rate = write(model, logits, [LightningState(*map(Tensor.clone, s)) for s in states], length, seconds / 2)
-    rows.append((min(PIECE, len(text)), rate, peak_memory(device)))
+    rows.append((min(PIECE, len(text)), rate, memory_in_use(device)))
     position = rows[0][0]
     with tqdm(total=length, initial=position, desc="reading", unit="B", unit_scale=True) as progress:
         while position < length:
@@ -213,9 +216,9 @@ def stream(model: Model, text: Tensor, length: int, seconds: float) -> bytes:
             position += piece.shape[1]
             progress.update(piece.shape[1])
     written, rate = write(model, logits, states, length, seconds / 2)
-    rows.append((position, rate, peak_memory(device)))
+    rows.append((position, rate, memory_in_use(device)))
     print(f"\nwhat the model remembers: {state_bytes / 1e3:.0f} kB, at every length")
-    print(f"{'bytes read':>14}{'then written':>20}{'peak memory':>18}")
+    print(f"{'bytes read':>14}{'then written':>20}{'memory in use':>18}")
     for place, rate, memory in rows:
         print(f"{place:14,}{rate:15.0f} B/s{memory:15.0f} MB")
     return written
