@@ -16,6 +16,7 @@ from torch_kernels.nn import LightningAttention, LightningState
 
 from ..backends import Backend
 from ..tolerance import assert_bitwise
+from .cases import need
 
 TRANSNORMER = {"activate_values": False, "lrpe": True, "norm": "srms", "gate": "identity"}
 VARIANTS = pytest.mark.parametrize("options", [{}, TRANSNORMER], ids=["minimax", "transnormer"])
@@ -23,6 +24,7 @@ WIDTH = 24
 
 
 def layer_on(backend: Backend, **options: object) -> LightningAttention:
+    need(backend, "lightning_attention")
     torch.manual_seed(0)
     layer = LightningAttention(WIDTH, 2, 8, **options)
     with torch.no_grad():

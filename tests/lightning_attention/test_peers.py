@@ -16,6 +16,7 @@ from torch_kernels.nn import LightningAttention
 
 from ..backends import Backend
 from ..tolerance import assert_bitwise
+from .cases import need
 
 
 def assert_near(actual: Tensor, expected: Tensor, error: float) -> None:
@@ -50,6 +51,7 @@ def call(module: torch.nn.Module, x: Tensor, cache: object = None) -> Tensor:
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_minimax(backend: Backend, minimax: ModuleType, layer: int) -> None:
     """Prefill over several of its blocks and a part of one, then decoding from both caches, then gradients."""
+    need(backend, "lightning_attention")
     theirs = minimax_layer(minimax, layer)
     ours = LightningAttention.from_minimax(theirs)
     assert_near(ours.slopes, theirs.slope_rate.flatten(), 1e-6)
@@ -100,6 +102,7 @@ def naive() -> ModuleType:
 
 def sequence(backend: Backend, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, log gates and an initial state."""
+    need(backend, "lightning_attention")
     generator = torch.Generator().manual_seed(length)
     q, k, v = (torch.randn(2, length, 3, size, generator=generator) for size in (16, 16, 24))
     g = torch.nn.functional.logsigmoid(torch.randn(2, length, 3, generator=generator))

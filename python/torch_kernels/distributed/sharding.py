@@ -31,10 +31,11 @@ OUTPUTS = {
 
 def register() -> None:
     """Tells DTensor, where torch has it. Ops that decode in place are left to local tensors."""
-    if not torch.distributed.is_available():
+    try:
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor.experimental import register_sharding
+    except ImportError:
         return
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.experimental import register_sharding
 
     for op in OUTPUTS:
         overload = getattr(torch.ops.kernels, op).default

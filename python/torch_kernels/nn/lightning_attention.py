@@ -212,7 +212,7 @@ class LightningAttention(nn.Module):
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         out = out.flatten(-2)
         if self.norm is not None:
-            out = self.norm(out)
+            out = self.norm(out.to(self.out_proj.weight.dtype))  # under autocast in full
         if self.gate is not None and self.output_gate is not None:
             out = self.gate(self.output_gate(x)) * out
         return self.out_proj(out)
