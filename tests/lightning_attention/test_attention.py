@@ -179,6 +179,8 @@ def test_slopes_are_constant_gates(backend: Backend) -> None:
 
 def test_grouped_heads_share_a_state(backend: Backend) -> None:
     """Query heads of a group are as if each had its own copy of keys and values, to the bit."""
+    if backend.name == "reference":
+        pytest.skip("PyTorch's own products do not promise it")
     for decay in ("slopes", "gates"):
         for dtype in backend.dtypes:
             case = Case(lengths=(70,), heads=2, group=3, decay=decay, dtype=dtype, key_size=16, value_size=24)

@@ -5,7 +5,8 @@
 
 with the log decay g_t = -slope. A decay of zero (g = -inf) forgets by selection: what came before, NaN included, has no
 influence. States are float32 (float64 for float64 inputs) and grow by ``expm1(g) S + k^T v``, because e^g of a slow
-head cannot be told from 1 in float32 for long.
+head cannot be told from 1 in float32 for long. Arithmetic is in float64, so that nothing but the states between calls and
+the results are rounded.
 """
 
 from __future__ import annotations
@@ -16,10 +17,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # tokens whose states the backward pass holds at once
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _advance(state: Tensor, g: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,10 +76,10 @@ def simple_gla(
     out = q.new_zeros((*q.shape[:3], v.shape[3]))
     states = _states(k, v, cu_seqlens) if initial_state is None else initial_state.clone()
     for n, tokens in _sequences(q, cu_seqlens):
-        state = states[n]
+        state = states[n].double()
         for t in range(tokens.start, tokens.stop):
-            state = _advance(state, g[:, t], _wide(k[:, t]), _wide(v[:, t]))
-            out[:, t] = scale * _read(_wide(q[:, t]), state)
+            state = _advance(state, g[:, t], k[:, t].double(), v[:, t].double())
+            out[:, t] = scale * _read(q[:, t].double(), state)
         states[n] = state
     return out, states if output_final_state else states[:0].clone()
 
@@ -119,24 +116,24 @@ def simple_gla_backward(
     heads = k.shape[2]
     for n, tokens in _sequences(q, cu_seqlens):
         starts = range(tokens.start, tokens.stop, BLOCK)
-        state, before_block = states[n], {}
+        state, before_block = states[n].double(), {}
         for t in range(tokens.start, tokens.stop):
             if t in starts:
                 before_block[t] = state
-            state = _advance(state, g[:, t], _wide(k[:, t]), _wide(v[:, t]))
-        carry = grad_states[n].clone()
+            state = _advance(state, g[:, t], k[:, t].double(), v[:, t].double())
+        carry = grad_states[n].double()
         for start in reversed(starts):
             block, known = range(start, min(start + BLOCK, tokens.stop)), [before_block[start]]
             for t in block:
-                known.append(_advance(known[-1], g[:, t], _wide(k[:, t]), _wide(v[:, t])))
+                known.append(_advance(known[-1], g[:, t], k[:, t].double(), v[:, t].double()))
             for t in reversed(block):
                 before, after = known[t - start], known[t - start + 1]
-                grouped = _wide(q[:, t]).unflatten(-2, (heads, -1))
-                grad = scale * _wide(grad_out[:, t]).unflatten(-2, (heads, -1))
+                grouped = q[:, t].double().unflatten(-2, (heads, -1))
+                grad = scale * grad_out[:, t].double().unflatten(-2, (heads, -1))
                 carry = carry + grouped.mT @ grad
                 grad_q[:, t] = (grad @ after.mT).flatten(-3, -2)
-                grad_k[:, t] = (carry @ _wide(v[:, t])[..., None])[..., 0]
-                grad_v[:, t] = (_wide(k[:, t])[..., None, :] @ carry)[..., 0, :]
+                grad_k[:, t] = (carry @ v[:, t].double()[..., None])[..., 0]
+                grad_v[:, t] = (k[:, t].double()[..., None, :] @ carry)[..., 0, :]
                 carry_before = _decayed(carry, g[:, t])
                 forgotten = g[:, t] == -torch.inf
                 grad_g[:, t] = torch.where(forgotten, 0.0, (carry_before * before).sum((-1, -2))).to(g.dtype)
@@ -166,9 +163,9 @@ def lightning_attention_backward(
 def lightning_chunk_state(k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     states = _states(k, v, cu_seqlens)
     for n, tokens in _sequences(k, cu_seqlens):
-        state = states[n]
+        state = states[n].double()
         for t in range(tokens.start, tokens.stop):
-            state = _advance(state, -slopes, _wide(k[:, t]), _wide(v[:, t]))
+            state = _advance(state, -slopes, k[:, t].double(), v[:, t].double())
         states[n] = state
     return states
 
@@ -180,7 +177,7 @@ def lightning_apply_state(
     out = q.new_zeros((*q.shape[:3], state.shape[3]))
     for n, tokens in _sequences(q, cu_seqlens):
         for i, t in enumerate(range(tokens.start, tokens.stop)):
-            out[:, t] = scale * _read(_wide(q[:, t]), _decayed(state[n], -slopes * (i + 1)))
+            out[:, t] = scale * _read(q[:, t].double(), _decayed(state[n].double(), -slopes.double() * (i + 1)))
     return out
 
 
@@ -207,8 +204,9 @@ def lightning_attention_step_(
     out = q.new_zeros((*q.shape[:2], v.shape[2]))
     for n, p in enumerate(_rows(state, state_indices, len(q))):
         if p >= 0:
-            state[p] = _advance(state[p], -slopes, _wide(k[n]), _wide(v[n]))
-            out[n] = scale * _read(_wide(q[n]), state[p])
+            after = _advance(state[p].double(), -slopes, k[n].double(), v[n].double())
+            out[n] = scale * _read(q[n].double(), after)
+            state[p] = after
     return out
 
 
@@ -229,11 +227,11 @@ def lightning_attention_verify(
     for n, p in enumerate(_rows(state, state_indices, len(q))):
         if p < 0:
             continue
-        states = {-1: state[p]}
+        states = {-1: state[p].double()}
         for t, parent in enumerate(chain if parents is None else parents[n].tolist()):
             if parent < t and parent in states:
-                states[t] = _advance(states[parent], -slopes, _wide(k[n, t]), _wide(v[n, t]))
-                out[n, t] = scale * _read(_wide(q[n, t]), states[t])
+                states[t] = _advance(states[parent], -slopes, k[n, t].double(), v[n, t].double())
+                out[n, t] = scale * _read(q[n, t].double(), states[t])
     return out
 
 
@@ -252,4 +250,4 @@ def lightning_attention_commit_(
         for node in path[n, : max(0, int(num_accepted[n]) + 1)].tolist():
             if not 0 <= node < k.shape[1]:
                 break
-            state[p] = _advance(state[p], -slopes, _wide(k[n, node]), _wide(v[n, node]))
+            state[p] = _advance(state[p].double(), -slopes, k[n, node].double(), v[n, node].double())
