@@ -5,8 +5,8 @@
 
 with the log decay g_t = -slope. A decay of zero (g = -inf) forgets by selection: what came before, NaN included, has no
 influence. States are float32 (float64 for float64 inputs) and grow by ``expm1(g) S + k^T v``, because e^g of a slow
-head cannot be told from 1 in float32 for long. Arithmetic is in float64, so that nothing but the states between calls and
-the results are rounded.
+head cannot be told from 1 in float32 for long. Arithmetic is in float64, so that only results, and states between
+calls, are rounded.
 """
 
 from __future__ import annotations
