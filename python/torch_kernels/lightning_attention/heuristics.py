@@ -56,7 +56,8 @@ def forward_tile(element_size: int, rows: int, columns: int, arch: str, gates: b
     """Of the walk of one output; states have so many rows, and columns that blocks divide. Registers bound tiles."""
     if arch.startswith("gfx"):
         return Tile(32, _block(columns, 32), 4, 2)
-    if element_size == 4 or rows > 128:
+    # A state of 64 + 32 rows takes more registers than one of 128.
+    if element_size == 4 or rows > 128 or rows != power_of_two(rows):
         return Tile(32, _block(columns, 32), 8, 2)
     if arch not in LARGE_TILES:
         return Tile(32, _block(columns, 64), 8, 3)
@@ -75,10 +76,11 @@ def backward_tile(element_size: int, rows: int, columns: int, arch: str, gates: 
         return Tile(32, _block(size, 32), 4, 2)
     if element_size == 4:
         return Tile(32, _block(size, 32), 8, 1)
-    if size > 128:
-        return Tile(32, _block(size, 16), 8, 2)
-    # A state of 64 + 32 rows takes more registers than one of 128.
-    if arch not in LARGE_TILES or size != power_of_two(size):
+    if size > 192:
+        return Tile(16, _block(size, 32), 8, 1)
+    if size > 128 or size != power_of_two(size):
+        return Tile(32, _block(size, 16), 8, 1)
+    if arch not in LARGE_TILES:
         return Tile(32, _block(size, 32), 8, 2)
     return Tile(64, _block(size, 32), 4, 2)
 
