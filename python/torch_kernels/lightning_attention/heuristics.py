@@ -78,7 +78,7 @@ def backward_tile(element_size: int, rows: int, columns: int, arch: str, gates: 
         return Tile(32, _block(size, 32), 8, 1)
     if size > 192:
         return Tile(16, _block(size, 32), 8, 1)
-    if size > 128 or size != power_of_two(size):
+    if size > 128 or any(x != power_of_two(x) for x in (rows, columns)):
         return Tile(32, _block(size, 16), 8, 1)
     if arch not in LARGE_TILES:
         return Tile(32, _block(size, 32), 8, 2)
