@@ -53,16 +53,15 @@ LARGE_TILES = ("sm_90", "sm_100")
 
 
 def forward_tile(element_size: int, rows: int, columns: int, arch: str, gates: bool = False) -> Tile:
-    """Of the walk of one output; states have so many rows, and columns that blocks divide."""
-    if element_size == 4:
-        return Tile(32, _block(columns, 32), 8, 2)
+    """Of the walk of one output; states have so many rows, and columns that blocks divide. Registers bound tiles."""
     if arch.startswith("gfx"):
+        return Tile(32, _block(columns, 32), 4, 2)
+    # A state of 64 + 32 rows takes more registers than one of 128.
+    if element_size == 4 or rows > 128 or rows != power_of_two(rows):
         return Tile(32, _block(columns, 32), 8, 2)
-    if rows > 128:
-        return Tile(32, _block(columns, 32), 8, 3)
     if arch not in LARGE_TILES:
         return Tile(32, _block(columns, 64), 8, 3)
-    return Tile(64, _block(columns, 32), 8, 2) if gates else Tile(64, _block(columns, 64), 8, 3)
+    return Tile(64, _block(columns, 32), 4, 3)
 
 
 def states_tile(element_size: int, rows: int, columns: int, arch: str) -> Tile:
@@ -73,13 +72,17 @@ def states_tile(element_size: int, rows: int, columns: int, arch: str) -> Tile:
 def backward_tile(element_size: int, rows: int, columns: int, arch: str, gates: bool = False) -> Tile:
     """Of the three walks of the backward pass, whose states have rows where others have columns."""
     size = max(rows, columns)
-    if element_size == 4 or arch.startswith("gfx"):
-        return Tile(32, _block(size, 32), 8, 2)
-    if size > 128:
-        return Tile(32, _block(size, 32), 8, 3)
+    if arch.startswith("gfx"):
+        return Tile(32, _block(size, 32), 4, 2)
+    if element_size == 4:
+        return Tile(32, _block(size, 32), 8, 1)
+    if size > 192:
+        return Tile(16, _block(size, 32), 8, 1)
+    if size > 128 or any(x != power_of_two(x) for x in (rows, columns)):
+        return Tile(32, _block(size, 16), 8, 1)
     if arch not in LARGE_TILES:
-        return Tile(32, _block(size, 64), 8, 3)
-    return Tile(64, _block(size, 32), 8, 2) if gates else Tile(64, _block(size, 64), 8, 3)
+        return Tile(32, _block(size, 32), 8, 2)
+    return Tile(64, _block(size, 32), 4, 2)
 
 
 def _blocks(columns: int, tile: Tile) -> int:

@@ -186,7 +186,8 @@ def _walk_part(
     out_scale = 1.0 if REVERSE else scale
     key_scale = scale if REVERSE else 1.0
     chunks = tl.cdiv(end - begin, C)
-    for step in range(chunks):
+    # What is hoisted out of a loop takes registers that the loop needs.
+    for step in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - step if REVERSE else step
         first = begin + chunk * C
         count = tl.minimum(end - first, C)
@@ -319,7 +320,7 @@ def _walk_tokens(
 ):  # fmt: skip
     """What `_walk_part` does, token by token."""
     low, high = load_state(state, column, K, K0, K1, V, LEAD)
-    for step in tl.range(0, end - begin, num_stages=1):
+    for step in tl.range(0, end - begin, num_stages=1, disable_licm=True):
         low, high = _token(
             out, dots, q, k, v, other, slope, gates, marks, scale, low, high, part,
             end - 1 - step if REVERSE else begin + step, stop,
