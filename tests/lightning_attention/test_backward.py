@@ -56,7 +56,7 @@ def check(backend: Backend, case: Case, final: bool = True) -> None:
     truth = oracle.gradients(oracle.attention, *grads, F64, **args)
     plain = [
         oracle.gradients(lambda chunk=chunk, **a: oracle.plain_formula(chunk, **a), *grads, None, **args)
-        for chunk in CHUNKS
+        for chunk in (*CHUNKS, *((1,) if args["q"].shape[1] <= 64 else ()))  # of 1: the recurrence itself
     ]
     for name, x in found.items():
         assert x.dtype == args[name].dtype

@@ -229,7 +229,7 @@ def test_step(backend: Backend, data: st.DataObject) -> None:
     baseline = Backend("reference", "cpu", ())(STEP, **reference, scale=0.7)
     out = backend(STEP, **before | {"state": changed}, scale=0.7)
     truth = true_outputs(args | {"parents": None}, 0.7)[:, 0]
-    assert_accurate("out", out, truth, baseline)
+    assert_accurate("out", out, truth, baseline, summed(args | {"parents": None}, 0.7)[:, 0])
     assert_states(args, changed, [[0]] * len(out), reference["state"])
 
 

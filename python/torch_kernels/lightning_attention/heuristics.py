@@ -100,3 +100,10 @@ def forward_segments(heads: int, columns: int, tile: Tile) -> int:
 
 def backward_segments(heads: int, rows: int, columns: int, tile: Tile) -> int:
     return _segments(heads * (2 * _blocks(rows, tile) + _blocks(columns, tile)))
+
+
+def slope_tile(element_size: int, rows: int, columns: int) -> Tile:
+    """Of the walk for the slopes' gradient, which holds two states."""
+    if element_size == 4:
+        return Tile(16, 16, 8, 1)
+    return Tile(32, _block(columns, 32 if rows <= 128 else 16), 8, 1)

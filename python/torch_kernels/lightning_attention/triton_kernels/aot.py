@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instances of this family's kernels that the tests compile ahead of time."""
 
-from ..heuristics import MARK, SPAN, backward_tile, forward_tile, states_tile
+from ..heuristics import MARK, SPAN, backward_tile, forward_tile, slope_tile, states_tile
 from .attention import attention_kernel
 from .backward import backward_kernel, decay_gradient_kernel
+from .slope_gradient import slope_gradient_kernel
 from .states import apply_state_kernel, rows, segment_states_kernel
 
 STATES = dict.fromkeys(
     ("final", "states", "initial", "decays", "slopes", "gates", "dots", "partial", "state_marks", "grad_marks",
-     "grad_initial", "grad_states", "state"), "*fp32"
+     "grad_initial", "grad_states", "grad_final", "state"), "*fp32"
 ) | {"cu_seqlens": "*i64", "scale": "fp32"}  # fmt: skip
 TENSORS = ("out", "q", "k", "v", "grad", "dq", "dk", "dv")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -61,6 +62,12 @@ def _apply(arch, kind, size, columns):
     return _case(f"apply_{kind}_{size}x{columns}", apply_state_kernel, kind, constants, tile=tile)
 
 
+def _slopes(kind, size, columns):
+    tile = slope_tile(BYTES[kind], size, columns)
+    constants = {"GROUP": 1, "K": size, "V": columns, "ROWS": size}
+    return _case(f"slopes_{kind}_{size}x{columns}", slope_gradient_kernel, kind, constants, tile=tile)
+
+
 def aot_cases(arch: str):
     decay = {"GROUP": 1, "SIZE": 128 * 128, "BLOCKS": 2, "MARK": MARK, "BLOCK": 1024}
     return [
@@ -70,5 +77,7 @@ def aot_cases(arch: str):
         _backward(arch, "fp32", 128, 128),
         _states(arch, "bf16", 128, 128, gates=True, reverse=True),
         _apply(arch, "bf16", 128, 128),
-        _case("decay_gates", decay_gradient_kernel, "fp32", decay, ("slopes",), {"out": "*fp32"}),
+        _case("decay_gates", decay_gradient_kernel, "fp32", decay, (), {"out": "*fp32"}),
+        _slopes("bf16", 128, 128),
+        _slopes("fp32", 256, 128),
     ]

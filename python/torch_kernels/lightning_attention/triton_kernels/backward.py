@@ -4,9 +4,10 @@
 Three walks, side by side in one launch: a forward one for dq, and two in reverse for dv and dk, which read the same
 queries and gradients at the same time. States are computed again.
 
-The gradient of a decay follows from theirs. With r_t = q_t . dq_t - k_t . dk_t, that of the log decay at token t is
+The gradient of a gate follows from theirs. With r_t = q_t . dq_t - k_t . dk_t, that of the log decay at token t is
 the sum of r over all tokens from t on, plus <S, dS> at the end. Each r is a difference of large numbers, so sums run
-over an interval of MARK tokens only, at whose end the walks leave S and dS; r comes from float32.
+over an interval of MARK tokens only, at whose end the walks leave S and dS; r comes from float32. Slopes have a walk of
+their own: slope_gradient.py.
 """
 
 import torch
@@ -17,11 +18,11 @@ from torch_kernels._triton import architecture, on_device
 
 from ..heuristics import MARK, SPAN, backward_segments, backward_tile
 from .sequences import address, bounds, find, first_part, locate, room
+from .slope_gradient import slope_gradient
 from .states import aligned, rows, segment_states, strides
 from .walk import walk
 
 EVERY = tl.constexpr(1 << 30)  # segments without a limit
-SUM_BLOCK = 256
 
 
 @triton.jit(do_not_specialize=[
@@ -40,7 +41,7 @@ def backward_kernel(
     """`heads` are those of keys and values, GROUP query heads for each. states, grad_states: before and after each
     segment, or None; with one segment the initial state and the final state's gradient.
 
-    dots: [blocks, query heads, B * T] of q . dq, then [blocks, heads, B * T] of k . dk.
+    With gates: dots [blocks, query heads, B * T] of q . dq, then [blocks, heads, B * T] of k . dk, and marks.
     """
     K_BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     V_BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -83,13 +84,14 @@ def backward_kernel(
 
     if for_query:
         column = block * BLOCK + tl.arange(0, BLOCK)
-        marks = state_marks + mark
+        marks = None if gates is None else state_marks + mark
         # Query heads of a group have the same states.
         mark_end = tl.where(query_head % GROUP == 0, length, -1)
         walk(
             dq + (first_row * (heads * GROUP) + query_head) * K,
-            dots + (block * (heads * GROUP) + query_head) * rows_in_all + first_row,
-            grad, v, k, q, slope, gates, states, None, marks, scale, begin, end, mark_end, False,
+            None if gates is None else dots + (block * (heads * GROUP) + query_head) * rows_in_all + first_row,
+            grad, v, k, None if gates is None else q, slope, gates, states, None, marks, scale, begin, end, mark_end,
+            False,
             heads * GROUP * K, grad_token * 8, v_token * 8, 0, k_token * 8, 0, q_token * 8, heads, mark_step, column,
             V, V0, V1, V_PARTS, K, BLOCK, C, False, 1, True, MARK,
         )  # fmt: skip
@@ -99,7 +101,8 @@ def backward_kernel(
             grad_initial += (sequence.to(tl.int64) * heads + head) * (K * V)
         walk(
             dv + (first_row * heads + head) * V, None,
-            k, q, grad, None, slope, gates, grad_states, grad_initial, grad_marks + mark, scale, begin, end, length,
+            k, q, grad, None, slope, gates, grad_states, grad_initial,
+            None if gates is None else grad_marks + mark, scale, begin, end, length,
             begin == 0,
             heads * V, k_token * 8, q_token * 8, q_head * 8, grad_token * 8, grad_head * 8, 0, heads, mark_step, column,
             K, K0, K1, PARTS, V, BLOCK, C, True, GROUP, False, MARK,
@@ -108,8 +111,11 @@ def backward_kernel(
         column = (block - V_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         walk(
             dk + (first_row * heads + head) * K,
-            dots + (K_BLOCKS * GROUP * heads + (block - V_BLOCKS) * heads + head) * rows_in_all + first_row,
-            v, grad, q, k, slope, gates, grad_states, None, None, scale, begin, end, length, False,
+            None if gates is None else (
+                dots + (K_BLOCKS * GROUP * heads + (block - V_BLOCKS) * heads + head) * rows_in_all + first_row
+            ),
+            v, grad, q, None if gates is None else k, slope, gates, grad_states, None, None, scale, begin, end, length,
+            False,
             heads * K, v_token * 8, grad_token * 8, grad_head * 8, q_token * 8, q_head * 8, k_token * 8, heads, 0,
             column, V, V0, V1, V_PARTS, K, BLOCK, C, True, GROUP, True, MARK,
         )  # fmt: skip
@@ -122,11 +128,10 @@ def _add_unless_reset(value, reset, next_value, next_reset):
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "mark_parts", "heads"])
 def decay_gradient_kernel(
-    out, dots, state_marks, grad_marks, slopes, gates, cu_seqlens, tokens, sequences, mark_parts, heads,
+    out, dots, state_marks, grad_marks, gates, cu_seqlens, tokens, sequences, mark_parts, heads,
     GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, MARK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out: gradients of the gates, or of the slopes [intervals, heads], still to be added up. A program has one
-    interval of one head."""
+    """out: the gradients of the gates. A program has one interval of one head."""
     head = tl.program_id(0) % heads
     item = tl.program_id(0) // heads
     sequence, part = find(cu_seqlens, item, tokens, sequences, mark_parts, MARK)
@@ -160,32 +165,14 @@ def decay_gradient_kernel(
         source = dots + (BLOCKS * GROUP * heads + block * heads + head) * rows_in_all
         r -= tl.load(source + row, mask=exists, other=0.0)
     last = offset == end - begin - 1
-    if gates is None:
-        sums = tl.cumsum(tl.where(last, r + at_end, r), axis=0, reverse=True)
-        gradient = -tl.sum(tl.where(exists, sums, 0.0), axis=0)
-        tl.store(
-            out + item.to(tl.int64) * heads + head, tl.where(tl.load(slopes + head) == float("inf"), 0.0, gradient)
-        )
-    else:
-        gate = gates + row * heads + head
-        reset = tl.load(gate, mask=exists, other=0.0) == -float("inf")
-        # Nothing that follows a reset depends on a decay before it.
-        next_exists = exists & (begin + offset + 1 < stop)
-        next_reset = tl.load(gate + heads, mask=next_exists, other=0.0) == -float("inf")
-        value = tl.where(last & (next_reset == 0), r + at_end, r)
-        sums, _ = tl.associative_scan((value, next_reset.to(tl.int32)), 0, _add_unless_reset, reverse=True)
-        tl.store(out + row * heads + head, tl.where(reset, 0.0, sums), mask=exists)
-
-
-@triton.jit(do_not_specialize=["items", "heads"])
-def sum_kernel(out, partial, items, heads, BLOCK: tl.constexpr):
-    """Adds up partial [items, heads]. Grid (heads)."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, items, BLOCK):
-        item = first + tl.arange(0, BLOCK)
-        at = partial + item.to(tl.int64) * heads + tl.program_id(0)
-        total += tl.load(at, mask=item < items, other=0.0).to(tl.float64)
-    tl.store(out + tl.program_id(0), tl.sum(total, axis=0).to(tl.float32))
+    gate = gates + row * heads + head
+    reset = tl.load(gate, mask=exists, other=0.0) == -float("inf")
+    # Nothing that follows a reset depends on a decay before it.
+    next_exists = exists & (begin + offset + 1 < stop)
+    next_reset = tl.load(gate + heads, mask=next_exists, other=0.0) == -float("inf")
+    value = tl.where(last & (next_reset == 0), r + at_end, r)
+    sums, _ = tl.associative_scan((value, next_reset.to(tl.int32)), 0, _add_unless_reset, reverse=True)
+    tl.store(out + row * heads + head, tl.where(reset, 0.0, sums), mask=exists)
 
 
 def _backward(
@@ -207,11 +194,12 @@ def _backward(
     tile = backward_tile(q.element_size(), size, columns, architecture(device), gates is not None)
     segments = backward_segments(heads, size, columns, tile) if tokens > SPAN else 1
     items, parts = room(cu_seqlens, batch, tokens, segments, SPAN)
-    marks, mark_parts = room(cu_seqlens, batch, tokens, EVERY.value, MARK)
     key_blocks, value_blocks = triton.cdiv(size, tile.block), triton.cdiv(columns, tile.block)
-    state_marks, grad_marks = torch.empty(2, marks, heads, size, columns, dtype=torch.float32, device=device)
-    dots = torch.empty(key_blocks * (query_heads + heads) * batch * tokens, dtype=torch.float32, device=device)
-    partial = grad_decay if slopes is None else torch.empty(marks, heads, dtype=torch.float32, device=device)
+    marks, mark_parts, dots, state_marks, grad_marks = 0, 0, None, None, None
+    if gates is not None:
+        marks, mark_parts = room(cu_seqlens, batch, tokens, EVERY.value, MARK)
+        state_marks, grad_marks = torch.empty(2, marks, heads, size, columns, dtype=torch.float32, device=device)
+        dots = torch.empty(key_blocks * (query_heads + heads) * batch * tokens, dtype=torch.float32, device=device)
     with on_device(q):
         states, grad_states = initial, grad_final
         if segments > 1:
@@ -228,12 +216,13 @@ def _backward(
             SPLIT=segments > 1, SPAN=SPAN, MARK=MARK, C=tile.chunk,
             BLOCK=tile.block, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        decay_gradient_kernel[(marks * heads,)](
-            partial, dots, state_marks, grad_marks, slopes, gates, cu_seqlens, tokens, sequences, mark_parts, heads,
-            GROUP=group, SIZE=size * columns, BLOCKS=key_blocks, MARK=MARK, BLOCK=1024,
-        )  # fmt: skip
-        if slopes is not None:
-            sum_kernel[(heads,)](grad_decay, partial, marks, heads, BLOCK=SUM_BLOCK)
+        if gates is None:
+            slope_gradient(grad_decay, grad, q, k, v, slopes, initial, grad_final, cu_seqlens, scale)
+        else:
+            decay_gradient_kernel[(marks * heads,)](
+                grad_decay, dots, state_marks, grad_marks, gates, cu_seqlens, tokens, sequences, mark_parts, heads,
+                GROUP=group, SIZE=size * columns, BLOCKS=key_blocks, MARK=MARK, BLOCK=1024,
+            )  # fmt: skip
 
 
 def lightning_attention_backward(
