@@ -220,6 +220,21 @@ def assert_states(args: dict[str, Any], got: Tensor, paths: list[list[int]], bas
     assert_accurate("state", got[touched], truth[touched], baseline[touched])
 
 
+def stepped(args: dict[str, Any], scale: float) -> Tensor:
+    """step_ by the recurrence, in the precision of the state."""
+    args = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in args.items()}
+    state = args["state"]
+    if args["state_indices"] is not None:
+        state = state[args["state_indices"].clamp(min=0).long()]
+    q, k, v = (args[name].to(state.dtype) for name in "qkv")
+    added, slopes = k[..., None] * v[..., None, :], args["slopes"][:, None, None].to(state.dtype)
+    state = torch.where(slopes == INF, added, state + (torch.expm1(-slopes) * state + added))
+    out = scale * (q.unflatten(1, (state.shape[1], -1)) @ state).flatten(1, 2)
+    if args["state_indices"] is not None:
+        out[args["state_indices"] < 0] = 0
+    return out
+
+
 @for_all(data=st.data())
 def test_step(backend: Backend, data: st.DataObject) -> None:
     args = widened(data.draw(cases(backend, nodes=1, tree="random")).make(backend.device))
@@ -229,7 +244,7 @@ def test_step(backend: Backend, data: st.DataObject) -> None:
     baseline = Backend("reference", "cpu", ())(STEP, **reference, scale=0.7)
     out = backend(STEP, **before | {"state": changed}, scale=0.7)
     truth = true_outputs(args | {"parents": None}, 0.7)[:, 0]
-    assert_accurate("out", out, truth, baseline, summed(args | {"parents": None}, 0.7)[:, 0])
+    assert_accurate("out", out, truth, baseline, summed(args | {"parents": None}, 0.7)[:, 0], stepped(before, 0.7))
     assert_states(args, changed, [[0]] * len(out), reference["state"])
 
 

@@ -102,8 +102,11 @@ def backward_segments(heads: int, rows: int, columns: int, tile: Tile) -> int:
     return _segments(heads * (2 * _blocks(rows, tile) + _blocks(columns, tile)))
 
 
-def slope_tile(element_size: int, rows: int, columns: int) -> Tile:
+def slope_rows(rows: int) -> int:
+    """How many rows of a state a program has in the walk for the slopes' gradient."""
+    return max(min(power_of_two(rows), 128), 16)
+
+
+def slope_tile(element_size: int, columns: int) -> Tile:
     """Of the walk for the slopes' gradient, which holds two states."""
-    if element_size == 4:
-        return Tile(16, 16, 8, 1)
-    return Tile(32, _block(columns, 32 if rows <= 128 else 16), 8, 1)
+    return Tile(16, _block(columns, 16 if element_size == 4 else 32), 8, 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instances of this family's kernels that the tests compile ahead of time."""
 
-from ..heuristics import MARK, SPAN, backward_tile, forward_tile, slope_tile, states_tile
+from ..heuristics import MARK, SPAN, backward_tile, forward_tile, slope_rows, slope_tile, states_tile
 from .attention import attention_kernel
 from .backward import backward_kernel, decay_gradient_kernel
 from .slope_gradient import slope_gradient_kernel
@@ -63,8 +63,8 @@ def _apply(arch, kind, size, columns):
 
 
 def _slopes(kind, size, columns):
-    tile = slope_tile(BYTES[kind], size, columns)
-    constants = {"GROUP": 1, "K": size, "V": columns, "ROWS": size}
+    tile = slope_tile(BYTES[kind], columns)
+    constants = {"GROUP": 1, "K": size, "V": columns, "ROWS": slope_rows(size)}
     return _case(f"slopes_{kind}_{size}x{columns}", slope_gradient_kernel, kind, constants, tile=tile)
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..heuristics import power_of_two, slope_tile
+from ..heuristics import slope_rows, slope_tile
 from .sequences import address, bounds
 from .states import strides
 from .walk import LOG2E, load_rows
@@ -29,8 +29,9 @@ def slope_gradient_kernel(
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial [sequences * blocks * GROUP, heads], still to be added up. A program walks one sequence of one query head
-    for one block of the state's columns."""
-    BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    for one block of the state: the gradient is a sum over its rows and columns."""
+    COLUMN_BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (K + ROWS - 1) // ROWS * COLUMN_BLOCKS
     query_head = tl.program_id(0) // BLOCKS % (heads * GROUP)
     block = tl.program_id(0) % BLOCKS
     sequence = tl.program_id(0) // BLOCKS // (heads * GROUP)
@@ -47,8 +48,8 @@ def slope_gradient_kernel(
     rate = -LOG2E * slope
 
     token = tl.arange(0, C)
-    channel = tl.arange(0, ROWS)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    channel = block // COLUMN_BLOCKS * ROWS + tl.arange(0, ROWS)
+    column = block % COLUMN_BLOCKS * BLOCK + tl.arange(0, BLOCK)
     at_state = (sequence.to(tl.int64) * heads + head) * (K * V) + channel[:, None] * V + column[None, :]
     in_state = (channel < K)[:, None] & (column < V)[None, :]
     state = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -116,13 +117,14 @@ def slope_gradient(out, grad, q, k, v, slopes, initial, grad_final, cu_seqlens, 
     batch, tokens, query_heads, size = q.shape
     heads, columns = v.shape[2:]
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    tile = slope_tile(q.element_size(), size, columns)
-    blocks, group = triton.cdiv(columns, tile.block), query_heads // heads
+    tile = slope_tile(q.element_size(), columns)
+    state_rows = slope_rows(size)
+    blocks, group = triton.cdiv(size, state_rows) * triton.cdiv(columns, tile.block), query_heads // heads
     partial = torch.empty(sequences * blocks * group, heads, dtype=torch.float32, device=q.device)
     slope_gradient_kernel[(len(partial) * heads,)](
         partial, grad, q, k, v, slopes, initial, grad_final, cu_seqlens, scale, tokens, heads,
         *strides(q), *strides(k), *strides(v), *strides(grad),
-        GROUP=group, K=size, V=columns, ROWS=max(power_of_two(size), 16), C=tile.chunk, BLOCK=tile.block,
+        GROUP=group, K=size, V=columns, ROWS=state_rows, C=tile.chunk, BLOCK=tile.block,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     sum_kernel[(heads,)](out, partial, len(partial), heads, BLOCK=SUM_BLOCK)
