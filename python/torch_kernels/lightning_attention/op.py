@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks, _native
-from torch_kernels._registry import Backend, Op, native, unit_stride
+from torch_kernels._registry import Backend, Op, native, triton_version, unit_stride
 from torch_kernels.lightning_attention import reference
 
 MAX_HEAD_SIZE = 256
 MAX_NODES = 1024
 ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _needs_newer_triton(*_: Any) -> str | None:
+    """Loops are told not to move what they repeat out of themselves, where it would take the registers."""
+    version = tuple(map(int, (triton_version() or "0.0").split(".")[:2]))
+    return None if version >= (3, 5) else "it needs Triton 3.5 or later"
 
 
 def _backends(name: str, compiled_for_cuda: bool) -> tuple[Backend, ...]:
@@ -30,7 +36,7 @@ def _backends(name: str, compiled_for_cuda: bool) -> tuple[Backend, ...]:
     return (
         Backend("cpu", native("cpu", name), _checks.FLOATING, accepts=unit_stride),
         *(cuda[:1] if compiled_for_cuda else ()),
-        Backend("triton", triton, ON_GPU, accepts=unit_stride),
+        Backend("triton", triton, ON_GPU, unit_stride, None if compiled_for_cuda else _needs_newer_triton),
         *(cuda[1:] if compiled_for_cuda else ()),
         Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
     )
