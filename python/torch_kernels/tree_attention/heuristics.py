@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-# Rows that share a key/value head from which on Triton's kernel is faster, by architecture; measured on an H100, where
-# it multiplies with wgmma and the CUDA kernel does not. With fewer rows the CUDA kernel starts sooner: its launch costs
-# the host a few microseconds, Triton's several times as much.
+# Rows that share a key/value head from which on Triton's kernel serves, by architecture. On an H100 its kernel took less
+# time with any number of rows, launches not counted. That a launch from Triton costs the host too much for few rows is
+# an assumption, and 17 an estimate.
 TRITON_ROWS = {"sm_90": 17}
 
 
