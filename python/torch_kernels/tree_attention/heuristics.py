@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-# Rows that share a key/value head from which on Triton's kernel serves, by architecture. On an H100 its kernel took less
+# Rows that share a key/value head from which on Triton's kernel serves, by architecture. On an H100 it took less
 # time with any number of rows, launches not counted. That a launch from Triton costs the host too much for few rows is
 # an assumption, and 17 an estimate.
 TRITON_ROWS = {"sm_90": 17}
