@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels, and the CUDA kernels in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The modules are built into build/sanitize and kept there; a first build takes minutes. torch's memory comes from the
-sanitizer's allocator, so a kernel that reads or writes one element past a tensor is reported.
+The modules are built into build/sanitize and kept there; a first build takes minutes. It has one instruction set, the
+one that runs here (TORCH_KERNELS_CPU_ISA chooses another). torch's memory comes from the sanitizer's allocator, so a
+kernel that reads or writes one element past a tensor is reported.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
@@ -38,13 +40,6 @@ if len(runtimes()) < 2:
     pytest.skip(f"{CXX} has no libasan.so and libubsan.so", allow_module_level=True)
 
 
-# An editable install must not come before the modules built here.
-FIRST = """
-import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__name__.startswith("ScikitBuild")]
-"""
-
-
 def tool(name: str) -> str:
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return shutil.which(name, path=beside_python) or pytest.skip(f"no {name}")
@@ -60,6 +55,7 @@ def build() -> None:
         "Python_EXECUTABLE": sys.executable,
         "nanobind_DIR": nanobind.stdout.strip(),
         "TORCH_KERNELS_SANITIZE": "address,undefined",
+        "TORCH_KERNELS_CPU_ISAS": _native.cpu.instruction_set(),
         "TORCH_KERNELS_CUDA": "OFF",
         "TORCH_KERNELS_EMULATOR": "ON" if "emulator" in BACKENDS else "OFF",
     }
