@@ -13,7 +13,7 @@ namespace {
 
 // Rows [first, last) of all heads, turned by one angle per channel pair; no angles: copied.
 template <class T, class Real>
-void turn_rows(const RopeShiftParams& p, int64_t first, int64_t last, const Turn<Real>* turn) {
+void turn_rows(const RopeShiftParams& p, int64_t first, int64_t last, const Real* turn) {
   int channels = int(p.k.size[2]);
   Real row[256];
   for (int64_t t = first; t < last; t++)
@@ -27,7 +27,7 @@ void turn_rows(const RopeShiftParams& p, int64_t first, int64_t last, const Turn
 
 template <class T, class Real>
 void shift(const RopeShiftParams& p) {
-  int64_t tokens = p.k.size[0], segments = p.delta.size[0], pairs = p.k.size[2] / 2;
+  int64_t tokens = p.k.size[0], segments = p.delta.size[0], channels = p.k.size[2];
   // Segments are cut into pieces that threads share; what lies before the first and after the last is copied.
   struct Piece {
     int64_t first, last, segment;
@@ -40,11 +40,11 @@ void shift(const RopeShiftParams& p) {
   cut(0, p.offsets.index(0), -1);
   for (int64_t s = 0; s < segments; s++) cut(p.offsets.index(s), p.offsets.index(s + 1), s);
   cut(p.offsets.index(segments), tokens, -1);
-  std::vector<Turn<Real>> turns(segments * pairs);
-  for (int64_t s = 0; s < segments; s++) turns_of(p.delta.index(s), p.inv_freq, &turns[s * pairs]);
+  std::vector<Real> turns(segments * channels);
+  for (int64_t s = 0; s < segments; s++) make_turn(p.delta.index(s), p.inv_freq, &turns[s * channels]);
   parallel_for(int64_t(pieces.size()), kPiece * p.k.size[1] * p.k.size[2], [&](int64_t i) {
     auto [first, last, segment] = pieces[i];
-    turn_rows<T, Real>(p, first, last, segment < 0 ? nullptr : &turns[segment * pairs]);
+    turn_rows<T, Real>(p, first, last, segment < 0 ? nullptr : &turns[segment * channels]);
   });
 }
 
