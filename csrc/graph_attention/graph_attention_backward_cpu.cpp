@@ -242,10 +242,11 @@ class Backward {
   static Vector<Real> load_vector(const Real* from) { return cpu::TORCH_KERNELS_ISA::load(from); }
 
   // Fills in what rows see of the tile from key `first` on; whether some do not see all of it.
-  bool set_border(Block& block, int64_t first_row, int64_t border, int64_t first, int count) const {
+  bool set_border(Block& block, int64_t first_row, int64_t whole, int64_t border, int64_t first, int count) const {
     if (border == Run::kNone) return false;
     for (int r = 0; r < kBlockRows; r++)
-      block.border[r] = int32_t(std::clamp<int64_t>(border + (first_row + r) / group - first, 0, count));
+      block.border[r] =
+          int32_t(std::clamp<int64_t>(std::max(whole, border + (first_row + r) / group) - first, 0, count));
     return block.border[0] < count;
   }
 
@@ -282,16 +283,16 @@ class Backward {
       RowSource key_source{keys, {}, 0, head, run.length, run.pieces}, value_source = key_source;
       value_source.tensor = values;
       int64_t stop = run.length;
-      if (run.border != Run::kNone) stop = std::min(stop, run.border + (first_row + rows - 1) / group);
+      stop = std::min(stop, run.seen_by((first_row + rows - 1) / group));
       for (int64_t first = 0; first < stop; first += kKeyTile) {
         int count = int(std::min<int64_t>(kKeyTile, run.length - first));
         gather(key_source, 1, first, count, padded(count), channels, width, tile.keys, width);
         gather(value_source, 1, first, count, padded(count), value_channels, value_width, tile.values, value_width);
-        bool masks = run.border != Run::kNone && first + count > run.border + first_row / group;
+        bool masks = first + count > run.seen_by(first_row / group);
         pairs_of(tile.keys, width, padded(count), width, key_pairs);
         if (masks) clear_nonfinite(reinterpret_cast<Element*>(key_pairs), int64_t(padded(count)) * width);
         for (int b = 0; b < blocks; b++) {
-          bool masked = set_border(block[b], first_row + b * kBlockRows, run.border, first, count);
+          bool masked = set_border(block[b], first_row + b * kBlockRows, run.whole, run.border, first, count);
           weigh(tile, tile.keys, tile.values, count, block[b], masked);
           add_query_gradients(tile, key_pairs, padded(count), by_key, by_row, sum + int64_t(b) * kBlockRows * width);
         }
@@ -389,7 +390,7 @@ class Backward {
         pairs_of(block.grad, value_width, kBlockRows, value_width, block.grad_pairs);
         for (int first = 0; first < count; first += kKeyTile) {
           int some = std::min(kKeyTile, count - first);
-          bool masked = set_border(block, first_row, target.border, first_key + first, some);
+          bool masked = set_border(block, first_row, 0, target.border, first_key + first, some);
           if (masked && *std::max_element(block.border, block.border + kBlockRows) == 0) break;
           weigh(tile, key_rows + first * width, value_rows + first * value_width, some, block, masked);
           add(tile.scores, left, block.grad_pairs, value_width, padded(some), grad_v + int64_t(first) * value_width);

@@ -166,7 +166,7 @@ class Forward {
       // Tiles begin at multiples of kKeyTile in their run, and belong to the split in which they begin.
       int64_t first = round_up(std::max<int64_t>(0, begin - run.before), kKeyTile);
       int64_t stop = std::min(run.length, end - run.before);
-      if (run.border != Run::kNone) stop = std::min(stop, run.border + place_of(task, rows.rows - 1));
+      stop = std::min(stop, run.seen_by(place_of(task, rows.rows - 1)));
       if (first >= stop) continue;
       if (segments.turns && (!turned_for || run.turn != turned_for->turn))
         pack_queries(rows, turned, segments.turns.shared(run.turn), strip);
@@ -224,12 +224,14 @@ class Forward {
     typename Rows::Tiles tiles;
     for (; first < stop; first += kKeyTile) {
       int count = int(std::min<int64_t>(kKeyTile, run.length - first));
-      bool masked = first + count > run.border + place_of(task, 0);
+      bool masked = first + count > run.seen_by(place_of(task, 0));
       RowSource key_rows{keys, p.block_table, 0, task.head, run.length, run.pieces};
       int64_t slot = first;
       if (const Piece* piece = run.holding(first, count)) {
-        slot += piece->first - piece->begin;
-        key_rows = {keys, p.block_table, piece->batch, task.head, piece->first + piece->length};
+        int64_t slot_in_piece = first + piece->first - piece->begin;
+        RowSource rows_of_piece{keys, p.block_table, piece->batch, task.head, piece->first + piece->length};
+        // Tiles that begin within a page are read row by row.
+        if (!p.block_table || slot_in_piece % rows_of_piece.run() == 0) key_rows = rows_of_piece, slot = slot_in_piece;
       }
       RowSource value_rows = key_rows;
       value_rows.tensor = values;
@@ -239,7 +241,7 @@ class Forward {
         for (int h = 0; h < rows.heads; h++)
           for (int r = 0; r < rows.rows; r++)
             border[h * rows.head_lanes + r] =
-                int32_t(std::clamp<int64_t>(run.border + place_of(task, r) - first, 0, kKeyTile));
+                int32_t(std::clamp<int64_t>(run.seen_by(place_of(task, r)) - first, 0, kKeyTile));
         rows.absorb(tiles, count, Real(0), VisibleBefore{{border}}, session);
       } else {
         rows.absorb(tiles, count, Real(0), EverythingVisible{}, session);

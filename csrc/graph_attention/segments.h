@@ -12,12 +12,14 @@ namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 // Key segments that a query segment sees, one after the other in the order of its edges, for which its queries turn
 // alike.
 struct Run {
-  int64_t before = 0, length = 0;  // keys of the runs before it, and its own
-  int turn = 0;                    // a number of Turns
-  int64_t border = kNone;          // token t sees the keys before border + t
+  int64_t before = 0, length = 0;     // keys of the runs before it, and its own
+  int turn = 0;                       // a number of Turns
+  int64_t whole = 0, border = kNone;  // token t sees the keys before the larger of `whole` and border + t
   std::vector<Piece> pieces{};
 
   static constexpr int64_t kNone = int64_t(1) << 62;
+
+  int64_t seen_by(int64_t token) const { return std::max(whole, border + token); }
 
   // The piece that holds all of keys [first, first + count), if one does.
   const Piece* holding(int64_t first, int64_t count) const {
@@ -48,7 +50,9 @@ struct Segments {
     for (int64_t a = 0; a < graph.query_segments(); a++)
       for_each_edge(graph, rotation, a, [&](int64_t segment, int64_t positions, bool own) {
         Run& run = add(queries[a], graph, segment, paged, positions);
-        if (own) run.border = run.length - queries[a].tokens + 1;
+        if (!own) return;
+        run.whole = run.length - (graph.kv_offsets.index(segment + 1) - graph.kv_offsets.index(segment));
+        run.border = run.length - queries[a].tokens + 1;
       });
   }
 

@@ -30,7 +30,15 @@ def graph_attention(
         return _attend(q, k, v, graph, scale, block_table, rotation)
     if block_table is not None:
         _checks.fail("graph_attention", "block_table", "None where a gradient is wanted: pages have none", "a tensor")
-    return _GraphAttention.apply(q, k, v, scale, rotation[-1], *graph, *rotation[:-1])
+    # The compiler wants each tensor once, and offsets of queries and keys are often the same.
+    unique: list[Tensor] = []
+    places: list[int | None] = []
+    for index in (*graph, *rotation[:-1]):
+        place = None if index is None else next((i for i, other in enumerate(unique) if other is index), len(unique))
+        if place == len(unique):
+            unique.append(index)
+        places.append(place)
+    return _GraphAttention.apply(q, k, v, scale, rotation[-1], tuple(places), *unique)
 
 
 def _attend(
@@ -47,24 +55,32 @@ def _attend(
 class _GraphAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, interleaved: bool, *indices: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        interleaved: bool,
+        places: tuple[int | None, ...],
+        *unique: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        graph, rotation = indices[:5], (*indices[5:], interleaved)
-        out, lse = _attend(q, k, v, graph, scale, None, rotation)
-        ctx.save_for_backward(q, k, v, out, lse, *indices)
-        ctx.scale, ctx.interleaved = scale, interleaved
+        indices = [None if place is None else unique[place] for place in places]
+        out, lse = _attend(q, k, v, tuple(indices[:5]), scale, None, (*indices[5:], interleaved))
+        ctx.save_for_backward(q, k, v, out, lse, *unique)
+        ctx.scale, ctx.interleaved, ctx.places = scale, interleaved, places
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *indices = ctx.saved_tensors
+        q, k, v, out, lse, *unique = ctx.saved_tensors
+        indices = [None if place is None else unique[place] for place in ctx.places]
         graph, (inv_freq, q_start, edge_start, own_start) = indices[:5], indices[5:]
         gradients = _op.graph_attention_backward(
             grad_out, q, k, v, out, lse, *graph, scale=ctx.scale, inv_freq=inv_freq, q_start=q_start,
             edge_start=edge_start, own_start=own_start, interleaved=ctx.interleaved,
         )  # fmt: skip
-        return (*gradients, None, None, *(None for _ in indices))
+        return (*gradients, None, None, None, *(None for _ in unique))
 
 
 def rope_shift(k: Tensor, offsets: Tensor, delta: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:

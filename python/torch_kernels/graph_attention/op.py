@@ -137,7 +137,7 @@ def _check_attention(
 
 
 def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = q.shape
+    tokens, heads = q.shape[:2]
     return q.new_empty((tokens, heads, v.shape[-1])), q.new_empty((heads, tokens), dtype=torch.float32)
 
 
