@@ -33,7 +33,7 @@ def by_definition(workload: bench.Workload, inputs: dict) -> torch.Tensor:
     """One softmax under the mask; positions by complex numbers."""
     q, k, v = (inputs[name].double() for name in "qkv")
     if workload.rope:
-        frequencies = 500000.0 ** -(torch.arange(0, 16, 2).float() / 16).double()
+        frequencies = (500000.0 ** -(torch.arange(0, 16, 2).float() / 16)).double()
         place = torch.arange(len(k)) if not workload.decode else torch.tensor([len(k)])
         start = torch.tensor([sum(workload.lengths[:s]) for s, n in enumerate(workload.lengths) for _ in range(n)])
         turn = [torch.polar(torch.ones(()).double(), p[:, None, None] * frequencies) for p in (place, start)]
