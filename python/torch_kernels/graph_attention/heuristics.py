@@ -49,7 +49,7 @@ def backward_configs(size: int, value_size: int, element_size: int, arch: str) -
     if arch in ("sm_90", "sm_100"):
         if widest > 128:
             return Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)
-        return Config(128, 64, 32, 8, 2), Config(64, 128, 32, 8, 2)
+        return Config(64, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)
     if widest > 128:
         return Config(32, 16, 16, 4, 1), Config(16, 32, 16, 4, 1)
     return Config(64, 32, 32, 4, 2), Config(32, 64, 32, 4, 2)

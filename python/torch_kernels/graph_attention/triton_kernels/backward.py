@@ -229,14 +229,14 @@ def query_gradient_kernel(
                 key = pick(first_key, first, until, step) + step * BLOCK_T
                 key = tl.where(own, own_key + (step - source_tail) * BLOCK_T, key)
                 limit = tl.where(own, own_begin + own_last, pick(ends, first, until, step))
-                at = key + tail_column
-                found = (at >= 0) & (at < tl.minimum(limit, key_tokens))
+                key_at = key + tail_column
+                found = (key_at >= 0) & (key_at < tl.minimum(limit, key_tokens))
                 k_a, k_b = load_key_halves(
-                    k, at.to(tl.int64) * k_stride_t, found, D, BLOCK_D, INTERLEAVED, True
+                    k, key_at.to(tl.int64) * k_stride_t, found, D, BLOCK_D, INTERLEAVED, True
                 )  # fmt: skip
-                v_tile = load_keys(v, at.to(tl.int64) * v_stride_t, found, DV, BLOCK_DV, True)
+                v_tile = load_keys(v, key_at.to(tl.int64) * v_stride_t, found, DV, BLOCK_DV, True)
                 seen_until = tl.where(own, own_begin + token + ahead + 1, limit)
-                visible = found[None, :] & (at[None, :] < seen_until[:, None])
+                visible = found[None, :] & (key_at[None, :] < seen_until[:, None])
                 grad_a, grad_b = query_gradient_step(
                     q_a, q_b, grad, row_lse, row_delta, k_a, k_b, v_tile, visible, grad_a, grad_b, scale, True
                 )  # fmt: skip
@@ -416,3 +416,36 @@ def graph_attention_backward(
             *v.stride()[:2], **constants, BLOCK_M=key_config.block_m, BLOCK_K=key_config.block_n,
             STAGES=key_config.num_stages, num_warps=key_config.num_warps,
         )  # fmt: skip
+
+
+def _aot_case(kernel, name, arch, *, dtype, size, group=4, rope=False, config=None):
+    which = 0 if kernel is query_gradient_kernel else 1
+    config = config or heuristics.backward_configs(size, size, 4 if dtype == "*fp32" else 2, arch)[which]
+    tiles = {"BLOCK_N": config.block_n, "BLOCK_T": config.block_t} if which == 0 else {"BLOCK_K": config.block_n}
+    constants = {
+        "GROUP": group, "D": size, "DV": size, "ROPE": rope, "INTERLEAVED": False, "BLOCK_M": config.block_m,
+        "BLOCK_D": heuristics.block(size), "BLOCK_DV": heuristics.block(size), "STAGES": config.num_stages,
+    } | tiles  # fmt: skip
+    signature = dict.fromkeys(kernel.arg_names, "i32")
+    pointers = {name: dtype for name in ("grad_q", "grad_k", "grad_v", "grad_out", "q", "k", "v")}
+    pointers |= dict.fromkeys(("lse", "delta", "turns", "deltas"), "*fp32")
+    pointers |= dict.fromkeys(("items", "records", "lists", "key_records", "readers"), "*i32")
+    signature |= {name: kind for name, kind in pointers.items() if name in signature}
+    signature |= {"scale": "fp32", "score_scale": "fp32"}
+    if not rope:
+        constants |= {"turns": None, "deltas": None}
+    signature = {argument: kind for argument, kind in signature.items() if argument not in constants}
+    return name, kernel, signature, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def aot_cases(arch: str):
+    cases = []
+    for kernel, what in ((query_gradient_kernel, "query_gradient"), (key_gradient_kernel, "key_gradient")):
+        cases += [
+            _aot_case(kernel, f"{what}_bf16_d128", arch, dtype="*bf16", size=128),
+            _aot_case(kernel, f"{what}_bf16_d128_rope", arch, dtype="*bf16", size=128, rope=True),
+            _aot_case(kernel, f"{what}_fp16_d64_rope", arch, dtype="*fp16", size=64, rope=True),
+            _aot_case(kernel, f"{what}_bf16_d256_rope", arch, dtype="*bf16", size=256, rope=True),
+            _aot_case(kernel, f"{what}_fp32_d128_rope", arch, dtype="*fp32", size=128, rope=True),
+        ]
+    return cases
