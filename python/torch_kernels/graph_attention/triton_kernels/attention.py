@@ -19,9 +19,31 @@ from torch_kernels.graph_attention import heuristics
 
 from .rotation import load_turned, load_turned_half, pair_columns, tables, turn_of
 from .schedule import (
-    FULL_BEFORE, FULL_INDEX, FULL_KEY, FULL_TILES, GROUP_FIRST, GROUPS, LISTS, LISTS_COUNT,
-    MAX_SPLITS, OWN_BEGIN, OWN_LEN, OWN_SEGMENT, PARTIALS, Q_BEGIN, Q_LEN, SEGMENT_FIELDS, SPLITS, TAIL_BEFORE,
-    TAIL_END, TAIL_INDEX, TAIL_KEY, TAIL_TILES, TILES, schedule_kernel, segments_kernel,
+    FULL_BEFORE,
+    FULL_INDEX,
+    FULL_KEY,
+    FULL_TILES,
+    GROUP_FIRST,
+    GROUPS,
+    LISTS,
+    LISTS_COUNT,
+    MAX_SPLITS,
+    OWN_BEGIN,
+    OWN_LEN,
+    OWN_SEGMENT,
+    PARTIALS,
+    Q_BEGIN,
+    Q_LEN,
+    SEGMENT_FIELDS,
+    SPLITS,
+    TAIL_BEFORE,
+    TAIL_END,
+    TAIL_INDEX,
+    TAIL_KEY,
+    TAIL_TILES,
+    TILES,
+    schedule_kernel,
+    segments_kernel,
     uncovered_kernel,
 )  # fmt: skip
 
@@ -133,7 +155,9 @@ def load_sources(lists, list_stride, source, end, FIRST: tl.constexpr):
 @triton.jit
 def block_begin(first, source, end, own):
     """The first tile of a block of sources, or of the own segment if there are none."""
-    return tl.where(source < end, tl.min(tl.where(source + tl.arange(0, SOURCES) < end, first, 0x7FFFFFFF), axis=0), own)
+    return tl.where(
+        source < end, tl.min(tl.where(source + tl.arange(0, SOURCES) < end, first, 0x7FFFFFFF), axis=0), own
+    )
 
 
 @triton.jit
@@ -528,9 +552,7 @@ def graph_attention(
         split = plan.partial_capacity > 0
         partial_out = partial_lse = None
         if split:
-            partial_out = torch.empty(
-                kv_heads, plan.partial_capacity, value_size, dtype=torch.float32, device=q.device
-            )
+            partial_out = torch.empty(kv_heads, plan.partial_capacity, value_size, dtype=torch.float32, device=q.device)
             partial_lse = torch.empty(kv_heads, plan.partial_capacity, dtype=torch.float32, device=q.device)
         graph_attention_kernel[(plan.capacity * kv_heads,)](
             out, lse, partial_out, partial_lse, q, k, v, plan.items, plan.records, plan.lists, turns, deltas, table,

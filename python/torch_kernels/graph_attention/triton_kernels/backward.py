@@ -17,13 +17,44 @@ from torch_kernels._triton import architecture, on_device
 from torch_kernels.graph_attention import heuristics
 
 from .attention import (
-    LOG2E, SOURCES, Schedule, block_begin, group_range, last_stride_one, load_keys, load_sources, pick,
+    LOG2E,
+    SOURCES,
+    Schedule,
+    block_begin,
+    group_range,
+    last_stride_one,
+    load_keys,
+    load_sources,
+    pick,
 )  # fmt: skip
 from .rotation import pair_columns, tables, turn_of
 from .schedule import (
-    EDGE_READERS, FULL_BEFORE, FULL_INDEX, FULL_KEY, FULL_TILES, GROUP_FIRST, GROUPS, KEY_BEGIN, KEY_LEN, LISTS,
-    MAX_SPLITS, OWN_BEGIN, OWN_LEN, OWN_READERS, Q_BEGIN, Q_LEN, READERS, SEGMENT_FIELDS, TAIL_BEFORE, TAIL_END,
-    TAIL_INDEX, TAIL_KEY, TAIL_TILES, readers_kernel, schedule_kernel, uncovered_kernel,
+    EDGE_READERS,
+    FULL_BEFORE,
+    FULL_INDEX,
+    FULL_KEY,
+    FULL_TILES,
+    GROUP_FIRST,
+    GROUPS,
+    KEY_BEGIN,
+    KEY_LEN,
+    LISTS,
+    MAX_SPLITS,
+    OWN_BEGIN,
+    OWN_LEN,
+    OWN_READERS,
+    Q_BEGIN,
+    Q_LEN,
+    READERS,
+    SEGMENT_FIELDS,
+    TAIL_BEFORE,
+    TAIL_END,
+    TAIL_INDEX,
+    TAIL_KEY,
+    TAIL_TILES,
+    readers_kernel,
+    schedule_kernel,
+    uncovered_kernel,
 )  # fmt: skip
 
 DELTA_ROWS = 32

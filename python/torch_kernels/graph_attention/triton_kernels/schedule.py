@@ -11,7 +11,6 @@ BLOCK_T. Edges of a segment are cut into groups: runs with one rotation. Lists o
 Offsets are made monotone, so segments never overlap, whatever is in the tensors: the bounds hold.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -124,9 +123,7 @@ def segments_kernel(
     q_begin, q_end = monotone_range(q_offsets, segment, query_tokens)
     edge_begin, edge_end = monotone_range(edge_offsets, segment, edges)
     own = tl.load(own_segment + segment).to(tl.int64)
-    own_begin, own_len = key_range(
-        kv_offsets, tl.maximum(own, 0), (own >= 0) & (own < key_segments), key_tokens, PAGED
-    )
+    own_begin, own_len = key_range(kv_offsets, tl.maximum(own, 0), (own >= 0) & (own < key_segments), key_tokens, PAGED)
     count = (edge_end - edge_begin).to(tl.int32)
     at = (edge_begin + segment).to(tl.int64)
     lists += at
