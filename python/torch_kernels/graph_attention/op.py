@@ -152,7 +152,7 @@ graph_attention = Op(
     "Tensor? q_start=None, Tensor? edge_start=None, Tensor? own_start=None, bool interleaved=False) -> "
     "(Tensor out, Tensor lse)",
     partial(_check_attention, "graph_attention"), _allocate_attention,
-    _backends("graph_attention", "cuda", "emulator", refuses=_more_tokens_than_segments),
+    _backends("graph_attention"),
     partial(_validate_attention, "graph_attention"),
 )  # fmt: skip
 
@@ -225,5 +225,5 @@ def _validate_shift(op: str, k: Tensor, offsets: Tensor, *_: Any) -> None:
 rope_shift = Op(
     "rope_shift(Tensor k, Tensor offsets, Tensor delta, Tensor inv_freq, *, bool interleaved=False) -> Tensor",
     partial(_check_shift, "rope_shift"), lambda k, *_: (k.new_empty(k.shape),),
-    _backends("rope_shift", "cuda", "emulator"), partial(_validate_shift, "rope_shift"),
+    _backends("rope_shift"), partial(_validate_shift, "rope_shift"),
 )  # fmt: skip
