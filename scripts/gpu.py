@@ -8,6 +8,7 @@ bench/results/<gpu>/. Without the step `build` the last build here is used, or e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -206,6 +207,18 @@ def bench_commands(machine: Machine) -> list[list[str]]:
     return commands
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Asks first: an interrupted pytest still tells what failed."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def run(step: Step, machine: Machine, deadline: float) -> Outcome:
     """Runs a step's commands with their output in a log. A step that takes too long is ended with all its processes."""
     start = time.monotonic()
@@ -228,8 +241,7 @@ def run(step: Step, machine: Machine, deadline: float) -> Outcome:
             try:
                 status = process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                stop(process)
                 if isinstance(reason, KeyboardInterrupt):
                     raise
                 result = "stopped"

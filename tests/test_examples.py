@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -43,3 +44,24 @@ def test_quantize_encoder(tmp_path: Path) -> None:
         assert cosine[name] >= 0.999, cosine
     assert cosine["int8"] >= 0.995 and cosine["int4 groups of 32"] >= 0.965, cosine
     assert (tmp_path / "x.svg").stat().st_size > 0
+
+
+def test_lightning_lm(tmp_path: Path) -> None:
+    words = "--quick --steps 12 --length 6000 --seconds 2 --device cpu --plot".split()
+    plot = tmp_path / "x.svg"
+    result = subprocess.run(
+        [sys.executable, "examples/lightning_lm.py", *words, str(plot)],
+        cwd=ROOT,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    assert float(re.search(r"held out: ([\d.]+) bits per byte after 12 steps", out)[1]) < 7, out
+    assert float(re.search(r"differ by at most (\S+) in log probability", out)[1]) < 1e-4, out
+    rows = re.findall(r"^ +([\d,]+) +(\d+) B/s +(\d+) MB$", out, re.M)
+    assert [row[0] for row in rows] == ["2,048", "6,000"] and all(int(rate) > 0 for _, rate, _ in rows), out
+    assert int(rows[1][2]) < int(rows[0][2]) + 64, "memory grows with what was read"
+    assert not find_spec("matplotlib") or plot.stat().st_size > 0

@@ -27,6 +27,7 @@ class Curve:
     axis: str  # what x counts
     x: float
     baseline: str  # the peer whose time all are compared with
+    items: int = 0  # what a call works off: with it, times and items per second are drawn instead of speedups
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Case:
     tolerance: float | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     curve: Curve | None = None  # else the case is a group of bars
+    memory: bool = False  # whether to measure what ours takes beyond inputs and outputs
 
     def allowed_error(self) -> float:
         return TOLERANCE.get(self.dtype, 0.0) if self.tolerance is None else self.tolerance

@@ -15,6 +15,7 @@ import torch
 from . import plot, record, table
 from .case import Case, Inputs, Prepare, copy_inputs, error, input_bytes
 from .ceilings import Ceilings
+from .memory import measured
 from .progress import Progress
 from .timing import cpu_sampler, cuda_sampler, interleave, spread
 
@@ -104,7 +105,7 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
 def _run_case(case: Case, settings: Settings, progress: Progress) -> dict:
     prepared: dict[str, Prepare] = {"ours": case.run} | {name: case.peers[name] for name in _peers_of(case, settings)}
     inputs = case.make_inputs(0, settings.device)
-    errors, refused, notes = _check(case, prepared, inputs)
+    errors, refused, notes, extra = _check(case, prepared, inputs, settings.device)
     copies = _copies(case, inputs, len(errors), settings)
     all_inputs = [inputs] + [copy_inputs(inputs) for _ in range(copies - 1)]
     samplers, modes = {}, {}
@@ -133,19 +134,23 @@ def _run_case(case: Case, settings: Settings, progress: Progress) -> dict:
         }
         | {name: {"refused": reason} for name, reason in refused.items()},
         "notes": notes,
-    }
+    } | ({} if extra is None else {"extra_bytes": extra})
 
 
 def _check(
-    case: Case, prepared: dict[str, Prepare], inputs: Inputs
-) -> tuple[dict[str, float], dict[str, str], list[str]]:
-    """Errors of those that are right, reasons of those that are not. Raises when ours is wrong."""
+    case: Case, prepared: dict[str, Prepare], inputs: Inputs, device: str
+) -> tuple[dict[str, float], dict[str, str], list[str], int | None]:
+    """Errors of those that are right, reasons of those that are not, and ours' extra memory if it is to be measured.
+    Raises when ours is wrong."""
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     truth = None if case.truth is None else case.select(inputs, case.truth(inputs))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ours = case.select(inputs, prepared["ours"](inputs)()).clone()
+        call = prepared["ours"](inputs)
+        output, extra = measured(call, device) if case.memory else (call(), None)
+        ours = case.select(inputs, output).clone()
+        del call, output
     notes = sorted({str(w.message) for w in caught if w.category.__name__ == "SlowPathWarning"})
     truth = ours if truth is None else truth
     errors["ours"] = error(ours, truth)
@@ -161,7 +166,7 @@ def _check(
             errors[name] = wrong
         else:
             refused[name] = f"wrong: error {wrong:.2g}, allowed {case.allowed_error():.2g}"
-    return errors, refused, notes
+    return errors, refused, notes, extra
 
 
 def _judge(case: Case, result: dict, ceilings: Ceilings) -> dict:

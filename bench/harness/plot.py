@@ -5,6 +5,7 @@ that form curves as speedups over one peer in a picture of their own, <name>-cur
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from units import duration, percent, significant
 
@@ -31,54 +32,73 @@ def draw(record: dict, path: Path) -> None:
 
 
 def _draw_curves(record: dict, cases: dict, path: Path) -> None:
-    """One panel per series: how many times faster than the baseline, ours, the other peers, and the floor would be."""
+    """Ours, the peers and the floor over the number in which the cases of a series differ: one panel with the speedup
+    over the baseline, or where items are counted one with times and one with items per second."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     series: dict[str, list[dict]] = {}
     for case in cases.values():
         series.setdefault(case["curve"]["series"], []).append(case)
-    series = {name: sorted(points, key=lambda point: point["curve"]["x"]) for name, points in series.items()}
-    series = {name: points for name, points in series.items() if len(points) > 1}
-    columns = min(2, len(series))
-    rows = -(-len(series) // columns)
+    drawn = [
+        (name, sorted(points, key=lambda point: point["curve"]["x"]), measure)
+        for name, points in series.items()
+        if len(points) > 1
+        for measure in (("time", "rate") if points[0]["curve"].get("items") else ("speedup",))
+    ]
+    if not drawn:
+        return
+    columns = min(2, len(drawn))
+    rows = -(-len(drawn) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.3 * rows + 0.9), squeeze=False)
-    for panel in panels.flat[len(series) :]:
+    for panel in panels.flat[len(drawn) :]:
         panel.set_visible(False)
-    for panel, (name, points) in zip(panels.flat, series.items(), strict=False):
-        x = [point["curve"]["x"] for point in points]
-        baseline = points[0]["curve"]["baseline"]
-        base = [_peer_time(point, baseline) for point in points]
-        peers = list(dict.fromkeys(peer for point in points for peer in point["peers"] if peer != baseline))
-
-        def speedup(times: list[float], base: list[float] = base) -> list[float]:
-            return [reference / own for reference, own in zip(base, times, strict=True)]
-
-        floor = speedup([point["floor"] for point in points])
-        panel.plot(x, floor, color=FLOOR, linewidth=1.4, linestyle=(0, (4, 3)), label="floor")
-        panel.plot(x, [1.0] * len(x), color=FAINT, linewidth=1.0, label=baseline)
-        for color, peer in zip(PEERS * 9, peers, strict=False):
-            panel.plot(x, speedup([_peer_time(point, peer) for point in points]), "o-", color=color, ms=3, label=peer)
-        ours = speedup([point["time"]["median"] for point in points])
-        panel.plot(x, ours, "o-", color=OURS, linewidth=2, ms=4, label="torch-kernels")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(x)
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_ylim(0, 1.15 * max(value for value in ours + floor[:1] if value == value))
-        panel.set_xlabel(points[0]["curve"]["axis"], fontsize=9, color=INK)
+    for panel, (name, points, measure) in zip(panels.flat, drawn, strict=False):
+        _draw_panel(panel, points, measure)
         panel.set_title(name, fontsize=10, color=INK, loc="left")
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#e6e6e6", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.legend(fontsize=7.5, frameon=False)
-        panel.set_ylabel(f"times as fast as {baseline}", fontsize=8.5, color=INK)
     figure.suptitle(table.title(record), fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")
     figure.text(0.01, 0.005, table.subtitle(record), fontsize=8.5, color=FAINT)
     figure.tight_layout(rect=(0, 0.02, 1, 0.98))
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _draw_panel(panel: Any, points: list[dict], measure: str) -> None:
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    x = [point["curve"]["x"] for point in points]
+    axis, baseline = points[0]["curve"]["axis"], points[0]["curve"]["baseline"]
+    base = [_peer_time(point, baseline) for point in points]
+    items = [point["curve"].get("items", 0) for point in points]
+    peers = list(dict.fromkeys(peer for point in points for peer in point["peers"] if peer != baseline))
+
+    def values(times: list[float]) -> list[float]:
+        if measure == "time":
+            return [1e3 * time for time in times]
+        return [amount / time for amount, time in zip(base if measure == "speedup" else items, times, strict=True)]
+
+    floor = values([point["floor"] for point in points])
+    panel.plot(x, floor, color=FLOOR, linewidth=1.4, linestyle=(0, (4, 3)), label="floor")
+    panel.plot(x, values(base), "-" if measure == "speedup" else "o-", color=FAINT, linewidth=1.0, ms=3, label=baseline)
+    for color, peer in zip(PEERS * 9, peers, strict=False):
+        panel.plot(x, values([_peer_time(point, peer) for point in points]), "o-", color=color, ms=3, label=peer)
+    ours = values([point["time"]["median"] for point in points])
+    panel.plot(x, ours, "o-", color=OURS, linewidth=2, ms=4, label="torch-kernels")
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(x)
+    panel.xaxis.set_major_formatter(ScalarFormatter())
+    panel.xaxis.set_minor_locator(NullLocator())
+    if measure == "speedup":
+        panel.set_ylim(0, 1.15 * max(value for value in ours + floor[:1] if value == value))
+    else:
+        panel.set_yscale("log")
+    label = {"time": "milliseconds", "rate": f"{axis} per second", "speedup": f"times as fast as {baseline}"}[measure]
+    panel.set_ylabel(label, fontsize=8.5, color=INK)
+    panel.set_xlabel(axis, fontsize=9, color=INK)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#e6e6e6", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.legend(fontsize=7.5, frameon=False)
 
 
 def _peer_time(case: dict, peer: str) -> float:

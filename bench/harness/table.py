@@ -84,6 +84,10 @@ def footer(record: dict) -> str:
     ]
     if short:
         lines.append(f"Useful inputs span less than {wanted:g}x the last-level cache in: " + ", ".join(short))
+    if extra := {name: result["extra_bytes"] for name, result in results.items() if "extra_bytes" in result}:
+        lines.append(
+            "Memory beyond inputs and outputs, MB: " + ", ".join(f"{n} {b / 1e6:.3g}" for n, b in extra.items())
+        )
     for name, result in results.items():
         lines += [f"{name}: {note}" for note in result["notes"]]
         lines += [

@@ -231,8 +231,9 @@ inline void transpose_block(Vector<int32_t> (&x)[16]) {
   }
 }
 
-// to[c, r] = from[r, c] for 16x16 units.
-inline void transpose(const Pair* from, int64_t from_row, Pair* to, int64_t to_row) {
+// to[c, r] = from[r, c] for 16x16 units of four bytes.
+template <class Unit>
+inline void transpose(const Unit* from, int64_t from_row, Unit* to, int64_t to_row) {
   Vector<int32_t> x[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) std::memcpy(&x[i], from + i * from_row, sizeof x[i]);
@@ -250,6 +251,24 @@ inline void interleave(const BFloat16* even, const BFloat16* odd, int columns, P
     _mm512_storeu_si512(to + c + 16, _mm512_unpackhi_epi16(low, high));
   }
 }
+
+#if defined(__AVX512BF16__)
+// Two rows as one row of pairs, in their order. `columns` is a multiple of 16.
+inline void interleave_in_order(const BFloat16* even, const BFloat16* odd, int columns, Pair* to) {
+  auto wide = [](const BFloat16* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  };
+  for (int c = 0; c < columns; c += 16)
+    _mm512_storeu_si512(to + c, _mm512_or_si512(wide(even + c), _mm512_slli_epi32(wide(odd + c), 16)));
+}
+inline void interleave_in_order(const float* even, const float* odd, int columns, Pair* to) {
+  auto wide = [](const float* from) {
+    return _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(_mm512_loadu_ps(from))));
+  };
+  for (int c = 0; c < columns; c += 16)
+    _mm512_storeu_si512(to + c, _mm512_or_si512(wide(even + c), _mm512_slli_epi32(wide(odd + c), 16)));
+}
+#endif
 
 // Puts columns that came from interleave() into their order, in place.
 inline void restore_order(float* row, int columns) {

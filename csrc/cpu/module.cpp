@@ -14,6 +14,9 @@ void bind_graph_validation(nb::module_& module);
 void bind_int4_linear(nb::module_& module);
 void bind_int4_validation(nb::module_& module);
 void bind_int8_linear(nb::module_& module);
+void bind_lightning_decoding(nb::module_& module);
+void bind_lightning_sequences(nb::module_& module);
+void bind_lightning_validation(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -48,4 +51,7 @@ NB_MODULE(_cpu, module) {
   bind_int4_linear(module);
   bind_int4_validation(module);
   bind_int8_linear(module);
+  bind_lightning_decoding(module);
+  bind_lightning_sequences(module);
+  bind_lightning_validation(module);
 }

@@ -7,6 +7,7 @@ namespace torch_kernels {
 void bind_tree_attention(nb::module_& module);
 void bind_int4_linear(nb::module_& module);
 void bind_int8_linear(nb::module_& module);
+void bind_lightning_decoding(nb::module_& module);
 }  // namespace torch_kernels
 
 NB_MODULE(_emulator, module) {
@@ -14,4 +15,5 @@ NB_MODULE(_emulator, module) {
   torch_kernels::bind_tree_attention(module);
   torch_kernels::bind_int4_linear(module);
   torch_kernels::bind_int8_linear(module);
+  torch_kernels::bind_lightning_decoding(module);
 }

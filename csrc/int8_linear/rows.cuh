@@ -4,7 +4,7 @@
 #include <math.h>
 
 #include "cuda/launch.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/pack.cuh"
 #include "int8_linear/params.h"
 
 namespace torch_kernels {
@@ -24,47 +24,6 @@ inline bool aligned_to(const Tensor& rows, uint64_t bytes) {
   uint64_t stride = rows.size[0] > 1 ? uint64_t(rows.stride[0] * size_of(rows.dtype)) : 0;
   return (reinterpret_cast<uint64_t>(rows.data) | stride) % bytes == 0;
 }
-
-// kCount consecutive elements as they lie in memory, converted when used.
-template <class T, int kCount>
-struct Pack {
-  static constexpr int kWords = kCount * int(sizeof(T)) / 4;
-  unsigned words[kWords];
-
-  DEVICE float operator[](int i) const {
-    if constexpr (sizeof(T) == 4)
-      return __uint_as_float(words[i]);
-    else
-      return unpack<T>(words[i / 2], i % 2);
-  }
-
-  // The first `valid` elements, zeros behind them. `aligned`: the address suits the widest load.
-  DEVICE void load(const T* from, int valid, bool aligned) {
-    if (aligned && valid >= kCount) {
-      if constexpr (kWords % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-          uint4 four = reinterpret_cast<const uint4*>(from)[i / 4];
-          words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-        }
-      } else {
-        uint2 two = *reinterpret_cast<const uint2*>(from);
-        words[0] = two.x, words[1] = two.y;
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kWords; i++) words[i] = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; i++)
-      if (i < valid) {
-        if constexpr (sizeof(T) == 4)
-          words[i] = same_bits<unsigned>(from[i]);
-        else
-          words[i / 2] |= unsigned(same_bits<uint16_t>(from[i])) << (i % 2 * 16);
-      }
-  }
-};
 
 // x / scale rounded as a float division, then to the nearest integer, half to even, at most `levels`; 0 where the scale
 // is 0 or not finite. The division is a product with the reciprocal and one correction, which rounds right where

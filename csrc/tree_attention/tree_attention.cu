@@ -29,30 +29,45 @@ __global__ void __launch_bounds__(128, 8)
   if (splits == 1) return;  // written already
 
   int64_t first = (batch * kv_heads + kv_head) * plan.grid_splits * rows + row;
+  // A lane has the states of splits lane, lane + 32, ...: they are loaded together.
   float m = -INFINITY, l = 0;
-  for (int s = 0; s < splits; s++) {
+  for (int s = lane; s < splits; s += 32) {
     float2 state = partials.state[first + int64_t(s) * rows];
     if (state.y != 0) m = fmaxf(m, state.x);
   }
-  for (int s = 0; s < splits; s++) {
-    float2 state = partials.state[first + int64_t(s) * rows];
-    if (state.y != 0) l += state.y * expf(shift_of(state.x) - shift_of(m));
+  for (int step = 16; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+  auto weight_of = [&](int s) {
+    float2 state = s < splits ? partials.state[first + int64_t(s) * rows] : make_float2(0, 0);
+    return make_float2(state.y == 0 ? 0.f : expf(shift_of(state.x) - shift_of(m)), state.y);
+  };
+  for (int s = lane; s < splits; s += 32) {
+    float2 weight = weight_of(s);
+    l += weight.x * weight.y;
   }
+  for (int step = 16; step > 0; step /= 2) l += __shfl_xor_sync(0xffffffffu, l, step);
   bool padding = isnan(partials.state[first].x);
   float lse, sink = p.sinks && !padding ? *p.sinks.at<const float>(head) : -INFINITY;
   float factor = finish_row(m, l, sink, lse);
   if (lane == 0) *p.lse.at<float>(batch, head, node) = lse;
 
-  for (int column = lane * 4; column < value_size; column += 128) {
+  for (int start = 0; start < value_size; start += 128) {
+    int column = start + lane * 4;
+    bool inside = column < value_size;
     float4 total = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-    for (int s = 0; s < splits; s++) {
-      float2 state = partials.state[first + int64_t(s) * rows];
-      float4 x = *reinterpret_cast<const float4*>(partials.out + (first + int64_t(s) * rows) * value_size + column);
-      if (state.y == 0) continue;
-      float weight = expf(shift_of(state.x) - shift_of(m));
-      total.x += weight * x.x, total.y += weight * x.y, total.z += weight * x.z, total.w += weight * x.w;
+    for (int group = 0; group < splits; group += 32) {
+      float2 mine = weight_of(group + lane);
+      if (mine.y == 0) mine.x = -1;  // saw nothing: what its accumulator holds does not count
+#pragma unroll 8
+      for (int i = 0; i < min(splits - group, 32); i++) {
+        float weight = __shfl_sync(0xffffffffu, mine.x, i);
+        if (!inside) continue;
+        const float* from = partials.out + (first + int64_t(group + i) * rows) * value_size + column;
+        float4 x = *reinterpret_cast<const float4*>(from);
+        if (weight < 0) continue;
+        total.x += weight * x.x, total.y += weight * x.y, total.z += weight * x.z, total.w += weight * x.w;
+      }
     }
+    if (!inside) continue;
     T* to = p.out.at<T>(batch, node, head, column);
     if (l == 0) factor = 0;
     if constexpr (sizeof(T) == 4)

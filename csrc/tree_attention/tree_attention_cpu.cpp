@@ -5,7 +5,7 @@
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "tree_attention/params.h"
-#include "tree_attention/tree.h"
+#include "core/tree.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {

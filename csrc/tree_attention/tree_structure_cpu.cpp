@@ -3,7 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "tree_attention/params.h"
-#include "tree_attention/tree.h"
+#include "core/tree.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 

@@ -7,7 +7,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "tree_attention/params.h"
-#include "tree_attention/tree.h"
+#include "core/tree.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {

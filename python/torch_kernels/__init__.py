@@ -5,6 +5,8 @@ Every op exists twice under one name: as ``torch.ops.kernels.<op>`` and as ``tor
 documentation and, where the op has them, gradients.
 """
 
+from typing import Any
+
 from torch_kernels import nn, trees
 from torch_kernels._registry import SlowPathWarning, set_validation, use_backend
 from torch_kernels.calibrate import Calibration, calibrate
@@ -17,6 +19,18 @@ from torch_kernels.int8_linear import (
     int8_mm,
     int8_quantize,
     rotate_quantize,
+)
+from torch_kernels.lightning_attention import (
+    lightning_apply_state,
+    lightning_attention,
+    lightning_attention_backward,
+    lightning_attention_commit_,
+    lightning_attention_step_,
+    lightning_attention_verify,
+    lightning_chunk_state,
+    lightning_slopes,
+    simple_gla,
+    simple_gla_backward,
 )
 from torch_kernels.quantize import quantize_
 from torch_kernels.tree_attention import (
@@ -46,12 +60,22 @@ __all__ = [
     "int8_linear",
     "int8_mm",
     "int8_quantize",
+    "lightning_apply_state",
+    "lightning_attention",
+    "lightning_attention_backward",
+    "lightning_attention_commit_",
+    "lightning_attention_step_",
+    "lightning_attention_verify",
+    "lightning_chunk_state",
+    "lightning_slopes",
     "merge_attention_states",
     "nn",
     "quantize_",
     "rope_shift",
     "rotate_quantize",
     "set_validation",
+    "simple_gla",
+    "simple_gla_backward",
     "tree_attention",
     "tree_commit_kv_",
     "tree_compact_kv_",
@@ -63,3 +87,16 @@ __all__ = [
     "trees",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `distributed` when it is first asked for: DTensor comes with it, which takes as long as the rest."""
+    if name == "distributed":
+        import importlib
+
+        return importlib.import_module("torch_kernels.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "distributed"})

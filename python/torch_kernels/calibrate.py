@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_kernels import _checks
+from torch_kernels._numbers import divide
 from torch_kernels.int8_linear import autograd, rotation
 
 
@@ -111,7 +112,7 @@ def calibrate(
             weight = rotation.fold(layers[name].weight.detach(), signs[name], None)
             result.smooth[name] = _smooth(largest, weight.float().abs().amax(0), alpha)
             largest = largest / result.smooth[name]
-        result.x_scale[name] = largest.amax(0, keepdim=True) / 127
+        result.x_scale[name] = divide(largest.amax(0, keepdim=True), 127)
     return result
 
 

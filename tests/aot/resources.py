@@ -143,15 +143,19 @@ def _demangle(name: str) -> str:
     return readable
 
 
+def _host_only(header: pathlib.Path) -> bool:
+    return "emulator" in header.parts or header == ROOT / "csrc/core/error.h"
+
+
 def _with_includes(source: pathlib.Path) -> set[pathlib.Path]:
-    """A source and the files of csrc that it includes, directly or not."""
+    """A source and the files of csrc that it includes, directly or not, without those that only the host compiles."""
     found, new = set(), [source]
     while new:
         file = new.pop()
         found.add(file)
         names = re.findall(r'^ *# *include "(.+)"', file.read_text(), re.MULTILINE)
         included = (folder / name for name in names for folder in (file.parent, ROOT / "csrc"))
-        new += [path for path in included if path.exists() and path not in found and "emulator" not in path.parts]
+        new += [path for path in included if path.exists() and path not in found and not _host_only(path)]
     return found
 
 

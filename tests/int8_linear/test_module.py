@@ -291,7 +291,7 @@ def test_filter(any_backend: Backend) -> None:
 
 
 def test_a_model_that_cannot_be_quantised_stays_as_it_was(any_backend: Backend) -> None:
-    dense = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    dense = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)).to(any_backend.device)
     layers = list(dense)
     for options, message in (
         ({"rotate": True}, "quantize_: in_features of '1' must be"),

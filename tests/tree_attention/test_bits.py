@@ -72,6 +72,8 @@ def test_spare_room_changes_nothing(backend: Backend, data: st.DataObject) -> No
 
 @for_all(data=st.data())
 def test_heads_may_be_permuted(backend: Backend, data: st.DataObject) -> None:
+    if backend.name == "reference":
+        pytest.skip("PyTorch's own products do not promise it")
     case = data.draw(cases(backend, layout="contiguous", kv_heads=2))
     args = make(case, backend.device)
     out, lse = run(backend, args)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_kernels
 from torch import Tensor
+from torch_kernels.tree_attention.heuristics import prefers_triton
 
 from ..backends import Backend
 from ..tolerance import assert_bitwise
@@ -113,3 +114,10 @@ def test_public_function(any_backend: Backend, op: str) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="nonsense"), torch_kernels.use_backend("nonsense"):
         pass
+
+
+def test_triton_serves_many_rows_where_it_was_measured_faster() -> None:
+    assert prefers_triton(64, torch.bfloat16, "sm_90") and prefers_triton(17, torch.float16, "sm_90")
+    assert not prefers_triton(16, torch.bfloat16, "sm_90")
+    assert not any(prefers_triton(1024, torch.bfloat16, arch) for arch in ("sm_80", "sm_89", "sm_100", "sm_120"))
+    assert not prefers_triton(1024, torch.float32, "sm_90")

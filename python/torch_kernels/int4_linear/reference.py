@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_kernels._numbers import divide
 from torch_kernels.int4_linear import layout_cpu, layout_gpu
 
 A8_COLUMNS = 128  # of a row that share one int8 scale, or a group of the weight's if that is smaller
@@ -86,6 +87,6 @@ def _round_to_int8(x: Tensor, group_size: int) -> Tensor:
     rounded = torch.empty_like(x)
     for block, out in zip(x.split(size, -1), rounded.split(size, -1)):
         if block.numel():
-            step = (block.abs().amax(-1, keepdim=True).float() / 127).double()
+            step = divide(block.abs().amax(-1, keepdim=True).float(), 127).double()
             out.copy_((block / step.where(step != 0, 1.0)).round() * step)
     return rounded

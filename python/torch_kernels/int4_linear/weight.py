@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks
+from torch_kernels._numbers import divide
 from torch_kernels.int4_linear import autograd, formats, packing
 from torch_kernels.int4_linear.op import DTYPES, GROUP_SIZES, number_of_groups
 from torch_kernels.int4_linear.packing import Packed
@@ -133,9 +134,9 @@ class Int4Weight:
             _checks.fail(name, "dense", "finite", "NaN or infinity")
         if symmetric:
             largest = torch.maximum(high, -low)
-            steps, limit = largest * 2 / 15, largest / 7
+            steps, limit = divide(largest * 2, 15), divide(largest, 7)
         else:
-            steps = (high - low) / 15
+            steps = divide(high - low, 15)
             limit = steps * (1 + 2 * torch.finfo(dense.dtype).eps)
         dtype = dense.dtype if dense.dtype in DTYPES else torch.float32
         scales = _round_up(steps, dtype)

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from torch_kernels._numbers import divide
+
 F32 = torch.float32
 
 
@@ -26,7 +28,7 @@ def int8_quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Te
     x = x.to(F32)
     is_outlier = (x.abs() >= threshold) if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
     outliers = is_outlier.flatten(0, -2).any(0) if x.dim() > 1 else is_outlier
-    scale = _absmax(x.masked_fill(is_outlier, 0)) / 127
+    scale = divide(_absmax(x.masked_fill(is_outlier, 0)), 127)
     return _round(x.masked_fill(outliers, 0), scale, 127), scale, outliers
 
 
@@ -133,7 +135,7 @@ def rotate_quantize(
     if smooth is not None:
         r = r / smooth.to(F32)
     limit = 2 ** (bits - 1) - 1
-    scale = _absmax(r) / limit if x_scale is None else _static_scale(r, x_scale)
+    scale = divide(_absmax(r), limit) if x_scale is None else _static_scale(r, x_scale)
     return _round(r, scale, limit), scale
 
 

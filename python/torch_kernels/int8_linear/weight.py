@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks
+from torch_kernels._numbers import divide
 
 CHUNK = 2**24  # weights that are quantised at a time: bounds the memory that float32 takes
 
@@ -58,7 +59,7 @@ class Int8Weight:
         for start in range(0, rows if columns else 0, step):
             part = slice(start, start + step)
             w = dense[part].float()
-            scale[part] = w.abs().amax(1) / 127
+            scale[part] = divide(w.abs().amax(1), 127)
             divisor = scale[part].where(scale[part] > 0, 1.0)[:, None]
             weight[part] = (w / divisor).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
         if not scale.is_meta and not bool(scale.isfinite().all()):

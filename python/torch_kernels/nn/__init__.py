@@ -3,5 +3,6 @@
 
 from torch_kernels.nn.int4_linear import Int4Linear
 from torch_kernels.nn.int8_linear import Int8Linear
+from torch_kernels.nn.lightning_attention import LightningAttention, LightningState
 
-__all__ = ["Int4Linear", "Int8Linear"]
+__all__ = ["Int4Linear", "Int8Linear", "LightningAttention", "LightningState"]

@@ -13,14 +13,23 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks, _native
-from torch_kernels._registry import Backend, Op, native, unit_stride
-from torch_kernels.tree_attention import reference
+from torch_kernels._registry import Backend, Op, may_choose_triton, native, unit_stride
+from torch_kernels._triton import architecture
+from torch_kernels.tree_attention import heuristics, reference
 
 MAX_NODES = 1024
 MAX_HEAD_SIZE = 256
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = (torch.float8_e4m3fn, torch.int8)
 FLOATING_AND_QUANTISED = (*_checks.FLOATING, *QUANTISED)
+
+
+def _leaves_many_rows(q: Tensor, k_cache: Tensor, *_: Any) -> str | None:
+    """For the CUDA kernel: Triton's serves many rows unless a backend is forced."""
+    rows = q.shape[1] * (q.shape[2] // max(k_cache.shape[2], 1))
+    if may_choose_triton() and heuristics.prefers_triton(rows, q.dtype, architecture(q.device)):
+        return "Triton's kernel is faster for so many rows"
+    return None
 
 
 def _backends(name: str, dtypes: tuple[torch.dtype, ...]) -> tuple[Backend, ...]:
@@ -32,7 +41,9 @@ def _backends(name: str, dtypes: tuple[torch.dtype, ...]) -> tuple[Backend, ...]
     on_gpu = tuple(dtype for dtype in dtypes if dtype != torch.float64)
     return (
         Backend("cpu", native("cpu", name), dtypes),
-        Backend("cuda", native("cuda", name), on_gpu, accepts=unit_stride),
+        Backend(
+            "cuda", native("cuda", name), on_gpu, unit_stride, _leaves_many_rows if name == "tree_attention" else None
+        ),
         Backend("triton", triton, on_gpu),
         Backend("emulator", native("emulator", name), on_gpu, accepts=unit_stride),
         Backend("reference", lambda: getattr(reference, name), dtypes),

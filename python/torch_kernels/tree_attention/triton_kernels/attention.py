@@ -405,6 +405,11 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, int | bool]:
+        # Tiles with and without a mask must round alike, or a paged cache would give other bits than a contiguous one:
+        # no multiplication may be fused into an addition in one of them only.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
 
 def attention_config(
     rows: int, head_size: int, value_size: int, element_size: int, quantised: bool, softcap: bool, arch: str
@@ -486,7 +491,7 @@ def tree_attention(
             SPLIT=split_capacity > 1, PRECISION="ieee", MIN_KEYS=MIN_SPLIT, BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_D=max(triton.next_power_of_2(head_size), 16), BLOCK_DV=max(triton.next_power_of_2(value_size), 16),
-            CHUNK=chunk(head_size, q.element_size()), num_warps=config.num_warps, num_stages=config.num_stages,
+            CHUNK=chunk(head_size, q.element_size()), **config.options(),
         )  # fmt: skip
         if split_capacity > 1:
             combine_kernel[(triton.cdiv(nodes * group, COMBINE_ROWS), kv_heads, batch)](
@@ -550,7 +555,7 @@ def _aot_case(
         tree_attention_kernel,
         signature,
         constants,
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        config.options(),
     )
 
 
