@@ -174,6 +174,24 @@ def test_two_graphs_one_after_the_other() -> None:
     check(model, cache, copies, 16, (0, 1, 2, 3))
 
 
+def test_encoding_once_with_a_graph_and_selecting() -> None:
+    model = model_of()
+    cache = GraphKVCache(model, prefix=tokens_of(2)[0])
+    cache.encode([A, B])
+    cache.encode([C, D], SegmentGraph(LENGTHS, [(0, 1), (1, 2), (0, 3)]))
+    copies = [Copy(A, 2), Copy(B, 7, (0,)), Copy(C, 11, (1,)), Copy(D, 7, (0,)), Copy(tokens_of(2)[0], 0)]
+    check(model, cache, copies, 18, (0, 1, 2, 3, 4))
+    for shared, starts in ((True, (2, 2, 9)), (False, (2, 9, 12))):
+        library = GraphKVCache(model, prefix=tokens_of(2)[0], shared=shared)
+        library.encode([A, B, C, D])
+        chosen = library.select([2, 1, 3])
+        assert chosen.lengths == [7, 3, 4] and library.lengths == list(LENGTHS)
+        chosen.pass_messages(SegmentGraph([7, 3, 4], [(1, 2)]))
+        c, b, d = starts
+        copies = [Copy(C, c), Copy(B, b), Copy(D, d, (1,)), Copy(tokens_of(2)[0], 0)]
+        check(model, chosen, copies, d + 4, (0, 1, 2, 3))
+
+
 def test_empty_segments_and_no_segments() -> None:
     model, nothing = model_of(), A[:0]
     cache = GraphKVCache(model)

@@ -69,6 +69,13 @@ class _Pass:
         )[0]  # fmt: skip
 
 
+def _sources(graph: SegmentGraph) -> dict[int, list[int]]:
+    sources: dict[int, list[int]] = {}
+    for source, target in graph.edges:
+        sources.setdefault(target, []).append(source)
+    return sources
+
+
 def _attention_forward(
     module: Any,
     query: Tensor,
@@ -166,17 +173,41 @@ class GraphKVCache:
         """Of the keys and values that are in use."""
         return sum(2 * k[: self._offsets[-1]].nbytes for k, _ in self._layers.values())
 
-    def encode(self, segments: Iterable[Tensor | Sequence[int]]) -> None:
-        """Adds segments of tokens, each of which sees itself only. Forgets the query."""
+    def encode(self, segments: Iterable[Tensor | Sequence[int]], graph: SegmentGraph | None = None) -> None:
+        """Adds segments of tokens, each of which sees itself only. Forgets the query.
+
+        A graph, of these and the segments before, has the effect of :meth:`pass_messages` afterwards. But new segments
+        with sources are encoded only once.
+        """
+        tokens = [self._tokens("segments", segment) for segment in segments]
+        levels = self._levels("encode", graph, [*self.lengths, *map(len, tokens)]) if graph is not None else []
         self.forget_query()
-        first = 0 if self._prefix is None else self._prefix.end
-        new: list[_Segment] = []
-        for given in segments:
-            tokens = self._tokens("segments", given)
-            start = first if self.shared else max((s.end for s in (*self._segments, *new)), default=first)
-            new.append(_Segment(self._slot(len(tokens)), tokens, start))
-        self._run([(segment, []) for segment in new])
-        self._segments += new
+        first, old = len(self._segments), self._behind_prefix()
+        for new in tokens:
+            start = old if self.shared else max((segment.end for segment in self._segments), default=old)
+            self._segments.append(_Segment(self._slot(len(new)), new, start))
+        self._run([(s, []) for i, s in enumerate(self._segments) if i >= first and not (levels and levels[i])])
+        if graph is not None:
+            self._by_level(graph, levels, False)
+
+    def select(self, segments: Iterable[int]) -> GraphKVCache:
+        """A cache of its own of these segments, in this order, as they are now: the passages that a question retrieves
+        from all that were ever encoded. What they have seen stays in them."""
+        chosen = [self._segments[i] for i in segments]
+        other = GraphKVCache(self.model, shared=self.shared, tokens_per_pass=self.tokens_per_pass)
+        parts = chosen if self._prefix is None else [self._prefix, *chosen]
+        copies = [_Segment(other._slot(part.length), part.tokens, part.start) for part in parts]
+        if self._prefix is not None:
+            other._prefix, *copies = copies
+        for segment in copies:
+            if not self.shared:
+                segment.start = max((s.end for s in other._segments), default=other._behind_prefix())
+            other._segments.append(segment)
+        for layer, held in self._layers.items():
+            rows = [slice(self._offsets[part.slot], self._offsets[part.slot + 1]) for part in parts]
+            keys, values = (torch.cat([x[:0], *(x[place] for place in rows)]) for x in held)
+            other._layers[layer] = keys, values
+        return other
 
     def pass_messages(self, graph: SegmentGraph, rounds: int | None = None, keep_sources: bool = False) -> None:
         """Encodes targets again, now seeing their sources. Forgets the query.
@@ -192,24 +223,17 @@ class GraphKVCache:
         (in a level: the segments of all lower levels; in a round: all but targets that are no source). Otherwise every
         segment stays at its place.
         """
-        if list(graph.lengths) != self.lengths:
-            _checks.fail("GraphKVCache.pass_messages", "graph", f"of lengths {self.lengths}", list(graph.lengths))
+        levels = self._levels("pass_messages", graph, self.lengths, cycles=rounds is not None)
         if rounds is not None and rounds < 0:
             _checks.fail("GraphKVCache.pass_messages", "rounds", "None or at least 0", rounds)
         self.forget_query()
-        sources: dict[int, list[int]] = {}
-        for source, target in graph.edges:
-            sources.setdefault(target, []).append(source)
-        everyone = range(len(self._segments))
         if rounds is None:
-            levels = graph.levels()
-            for level in range(1, max(levels, default=0) + 1):
-                before = [s for s in everyone if levels[s] < level]
-                self._round({t: sources[t] for t in everyone if levels[t] == level}, before, keep_sources)
-        else:
-            seen = {source for source, _ in graph.edges}
-            for _ in range(rounds if sources else 0):
-                self._round(sources, [s for s in everyone if s in seen or s not in sources], keep_sources)
+            self._by_level(graph, levels, keep_sources)
+            return
+        sources, seen = _sources(graph), {source for source, _ in graph.edges}
+        before = [s for s in range(len(graph)) if s in seen or s not in sources]
+        for _ in range(rounds if sources else 0):
+            self._round(sources, before, keep_sources)
 
     def append(self, tokens: Tensor | Sequence[int], logits_to_keep: int = 0) -> Tensor:
         """The next tokens of the query, which see the prefix, all segments, and the query up to themselves.
@@ -259,6 +283,20 @@ class GraphKVCache:
         if tokens.dim() != 1 or tokens.dtype not in _checks.INDEX:
             _checks.fail("GraphKVCache", name, "token numbers [L]", f"{tokens.dtype} {list(tokens.shape)}")
         return tokens
+
+    def _levels(self, method: str, graph: SegmentGraph, lengths: list[int], cycles: bool = False) -> list[int]:
+        if list(graph.lengths) != lengths:
+            _checks.fail(f"GraphKVCache.{method}", "graph", f"of lengths {lengths}", list(graph.lengths))
+        return [] if cycles else graph.levels()
+
+    def _by_level(self, graph: SegmentGraph, levels: list[int], keep_sources: bool) -> None:
+        sources = _sources(graph)
+        for level in range(1, max(levels, default=0) + 1):
+            before = [s for s in range(len(graph)) if levels[s] < level]
+            self._round({t: sources[t] for t in range(len(graph)) if levels[t] == level}, before, keep_sources)
+
+    def _behind_prefix(self) -> int:
+        return 0 if self._prefix is None else self._prefix.end
 
     def _read_by_query(self) -> list[_Segment]:
         prefix = [] if self._prefix is None else [self._prefix]
