@@ -138,6 +138,12 @@ def test_chain_of_several_hops(dtype: torch.dtype) -> None:
     cache.encode([A, B, C, D])
     cache.pass_messages(graph)
     check(model, cache, [Copy(A, 0), Copy(B, 5, (0,)), Copy(C, 8, (1,)), Copy(D, 15, (2,))], 19, (0, 1, 2, 3))
+    # The same in several passes of the model; the query also sees what B and C were alone.
+    cache = GraphKVCache(model, tokens_per_pass=8)
+    cache.encode([A, B, C, D])
+    cache.pass_messages(graph, keep_sources=True)
+    copies = [Copy(A, 0), Copy(B, 5, (0,)), Copy(C, 8, (1,)), Copy(D, 15, (2,)), Copy(B, 0), Copy(C, 0)]
+    check(model, cache, copies, 19, (0, 1, 2, 3, 4, 5))
     # All at once, twice: A reaches C. Sources are read as they were before the round.
     cache = GraphKVCache(model)
     cache.encode([A, B, C, D])

@@ -180,15 +180,15 @@ class GraphKVCache:
         with sources are encoded only once.
         """
         tokens = [self._tokens("segments", segment) for segment in segments]
-        levels = self._levels("encode", graph, [*self.lengths, *map(len, tokens)]) if graph is not None else []
+        lengths = [*self.lengths, *map(len, tokens)]
+        graph = SegmentGraph(lengths, []) if graph is None else graph
+        levels = self._levels("encode", graph, lengths)
         self.forget_query()
-        first, old = len(self._segments), self._behind_prefix()
+        known, first = len(self._segments), self._behind_prefix()
         for new in tokens:
-            start = old if self.shared else max((segment.end for segment in self._segments), default=old)
+            start = first if self.shared else max((segment.end for segment in self._segments), default=first)
             self._segments.append(_Segment(self._slot(len(new)), new, start))
-        self._run([(s, []) for i, s in enumerate(self._segments) if i >= first and not (levels and levels[i])])
-        if graph is not None:
-            self._by_level(graph, levels, False)
+        self._by_level(graph, levels, known)
 
     def select(self, segments: Iterable[int]) -> GraphKVCache:
         """A cache of its own of these segments, in this order, as they are now: the passages that a question retrieves
@@ -214,26 +214,23 @@ class GraphKVCache:
 
         Args:
             graph: of the cache's segments; its lengths are theirs.
-            rounds: None goes through the levels of a graph without cycles: every target is encoded once, after its
-                sources. Otherwise all targets are encoded in each of so many rounds, and see their sources as they
-                were before the round.
+            rounds: None is for graphs without cycles: every target is encoded once and sees sources that have seen
+                theirs. Otherwise all targets are encoded in each of so many rounds, and see their sources as they were
+                before the round.
             keep_sources: the query also sees what a source was before it was encoded again.
 
         With shared positions, the targets of a level or round begin where the longest of the segments before them ends
         (in a level: the segments of all lower levels; in a round: all but targets that are no source). Otherwise every
         segment stays at its place.
         """
-        levels = self._levels("pass_messages", graph, self.lengths, cycles=rounds is not None)
         if rounds is not None and rounds < 0:
             _checks.fail("GraphKVCache.pass_messages", "rounds", "None or at least 0", rounds)
+        levels = self._levels("pass_messages", graph, self.lengths, cycles=rounds is not None)
         self.forget_query()
         if rounds is None:
-            self._by_level(graph, levels, keep_sources)
-            return
-        sources, seen = _sources(graph), {source for source, _ in graph.edges}
-        before = [s for s in range(len(graph)) if s in seen or s not in sources]
-        for _ in range(rounds if sources else 0):
-            self._round(sources, before, keep_sources)
+            self._by_level(graph, levels, len(graph), keep_sources)
+        for _ in range(rounds or 0):
+            self._round(graph, keep_sources)
 
     def append(self, tokens: Tensor | Sequence[int], logits_to_keep: int = 0) -> Tensor:
         """The next tokens of the query, which see the prefix, all segments, and the query up to themselves.
@@ -289,11 +286,41 @@ class GraphKVCache:
             _checks.fail(f"GraphKVCache.{method}", "graph", f"of lengths {lengths}", list(graph.lengths))
         return [] if cycles else graph.levels()
 
-    def _by_level(self, graph: SegmentGraph, levels: list[int], keep_sources: bool) -> None:
-        sources = _sources(graph)
-        for level in range(1, max(levels, default=0) + 1):
-            before = [s for s in range(len(graph)) if levels[s] < level]
-            self._round({t: sources[t] for t in range(len(graph)) if levels[t] == level}, before, keep_sources)
+    def _by_level(self, graph: SegmentGraph, levels: list[int], known: int, keep_sources: bool = False) -> None:
+        """Encodes all targets, and whatever is not among the first ``known`` segments. One pass is enough: in every
+        layer the keys of all its segments are there before any attends to them."""
+        sources, seen, todo = _sources(graph), {source for source, _ in graph.edges}, []
+        for level in range(max(levels, default=-1) + 1):
+            start = max((s.end for s, of in zip(self._segments, levels, strict=True) if of < level), default=0)
+            for i in (i for i, of in enumerate(levels) if of == level and (level or i >= known)):
+                if level:
+                    old = self._segments[i]
+                    keep = keep_sources and i in seen
+                    slot = self._slot(old.length) if keep else old.slot
+                    self._older += [old] if keep else []
+                    self._segments[i] = _Segment(slot, old.tokens, start if self.shared else old.start, old.spare)
+                todo.append((self._segments[i], [self._segments[s] for s in sources.get(i, ())]))
+        self._run(todo)
+
+    def _round(self, graph: SegmentGraph, keep_sources: bool) -> None:
+        """Encodes all targets, which see their sources as they are now."""
+        sources, seen = _sources(graph), {source for source, _ in graph.edges}
+        start = max((s.end for i, s in enumerate(self._segments) if i in seen or i not in sources), default=0)
+        again: dict[int, _Segment] = {}
+        for i in sources:
+            old = self._segments[i]
+            # Only who is read in the same round must keep its old keys until the round is over.
+            slot = old.slot if i not in seen else self._slot(old.length) if old.spare is None else old.spare
+            again[i] = _Segment(slot, old.tokens, start if self.shared else old.start)
+        self._run([(again[i], [self._segments[s] for s in mine]) for i, mine in sources.items()])
+        for i, new in again.items():
+            old, self._segments[i] = self._segments[i], new
+            if i not in seen:
+                new.spare = old.spare
+            elif keep_sources:
+                self._older.append(old)
+            else:
+                new.spare = old.slot
 
     def _behind_prefix(self) -> int:
         return 0 if self._prefix is None else self._prefix.end
@@ -306,29 +333,9 @@ class GraphKVCache:
         self._offsets.append(self._offsets[-1] + length)
         return len(self._offsets) - 2
 
-    def _round(self, sources: dict[int, list[int]], before: list[int], keep_sources: bool) -> None:
-        """Encodes again whatever has ``sources``; with shared positions behind the segments ``before`` it."""
-        start = max((self._segments[s].end for s in before), default=0)
-        seen = {s for mine in sources.values() for s in mine}
-        again: dict[int, _Segment] = {}
-        for target in sources:
-            old = self._segments[target]
-            # Only who is read in the same round must keep its old keys until the round is over.
-            slot = old.slot if target not in seen else self._slot(old.length) if old.spare is None else old.spare
-            again[target] = _Segment(slot, old.tokens, start if self.shared else old.start)
-        self._run([(again[target], [self._segments[s] for s in mine]) for target, mine in sources.items()])
-        for target, new in again.items():
-            old, self._segments[target] = self._segments[target], new
-            if target not in seen:
-                new.spare = old.spare
-            elif keep_sources:
-                self._older.append(old)
-            else:
-                new.spare = old.slot
-
     @torch.no_grad()
     def _run(self, targets: list[tuple[_Segment, list[_Segment]]]) -> None:
-        """Encodes these segments, each seeing its sources."""
+        """Encodes these segments, each seeing its sources, of which those among them come first."""
         targets = [(segment, mine) for segment, mine in targets if segment.length]
         while targets:
             count, tokens = 1, targets[0][0].length
