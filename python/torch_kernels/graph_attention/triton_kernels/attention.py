@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of query segments to their source segments and, causally, to their own keys.
 
-The rows that share a key/value head (tokens times G query heads) are packed into tiles of BLOCK_M. A program handles one
-such tile, or one of several splits of its keys. It walks the groups of edges that share a rotation, then its own
+The rows that share a key/value head (tokens times G query heads) are packed into tiles of BLOCK_M. A program handles
+one such tile, or one of several splits of its keys. It walks the groups of edges that share a rotation, then its own
 segment, in one online softmax: first all whole tiles of BLOCK_N keys of a group, one after the other whatever source
 they belong to, without a mask; then what remains of the group's sources, in tiles of BLOCK_T. A second kernel joins
 splits. Splits follow from the segment's own size.
@@ -560,7 +560,8 @@ def graph_attention(
             tokens, key_tokens, k.shape[0], plan.list_stride, table.stride(0) if paged else 0, plan.partial_capacity,
             kv_heads, *out.stride()[:2], *q.stride()[:2], *key_strides,
             GROUP=group, D=size, DV=value_size, PAGE=page, ROPE=inv_freq is not None, INTERLEAVED=interleaved,
-            NEGATE=scale < 0, SPLIT=split, CHUNK=config.chunk, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
+            NEGATE=scale < 0, SPLIT=split, CHUNK=config.chunk,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
             BLOCK_D=heuristics.block(size), BLOCK_DV=heuristics.block(value_size),
             STAGES=config.num_stages, TAIL_STAGES=min(config.num_stages, 2), num_warps=config.num_warps,
         )  # fmt: skip

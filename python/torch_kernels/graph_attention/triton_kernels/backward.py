@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of Graph-KV attention. Queries' by query tile, along the forward pass's walk; keys' and values' by key tile,
-along the list of query segments that read it. Nothing is added up by two programs.
+"""Gradients of Graph-KV attention. Queries' by query tile, along the forward pass's walk; keys' and values' by key
+tile, along the list of query segments that read it. Nothing is added up by two programs.
 
 A head's columns are taken in two halves, the first and the second elements of the pairs that rotate together. The sum
 for a query tile is kept as the current group of edges sees it: where the next group begins, it is turned by the

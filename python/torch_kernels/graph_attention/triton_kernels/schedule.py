@@ -269,7 +269,7 @@ def readers_kernel(
     """Who reads a key segment: pairs (query segment, row of the table of deltas), first by edges, then as their own,
     each in ascending order. Grid (key segments)."""
     segment = tl.program_id(0)
-    before = 0
+    before = tl.zeros((), tl.int32)
     for first in range(0, edges, SEGMENTS):
         edge = first + tl.arange(0, SEGMENTS)
         source = tl.load(edge_sources + edge, mask=edge < edges, other=-1).to(tl.int64)
