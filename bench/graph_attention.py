@@ -332,12 +332,10 @@ def cases() -> list[Case]:
     gpu = ("cuda",)
     return [
         case("rag-top1-10x150-bf16", bipartite(10, 150, 1)),
-        case("rag-top3-10x150-bf16", bipartite(10, 150, 3)),
         case("rag-top3-10x150-bf16-rope", bipartite(10, 150, 3, rope=True)),
         case("rag-top3-10x150-fp32", bipartite(10, 150, 3, dtype=torch.float32)),
         case("rag-full-10x150-bf16", full(10, 150)),
         case("rag-top1-10x512-bf16", bipartite(10, 512, 1)),
-        case("rag-top3-10x512-bf16", bipartite(10, 512, 3)),
         case("rag-full-10x512-bf16", full(10, 512)),
         case("pubmed-star-130x250-bf16", star(130, 250, 250)),
         case("ego-8x1024-bf16", star(7, 1024, 1024)),
@@ -346,6 +344,14 @@ def cases() -> list[Case]:
         case("decode-10x8192-bf16", bipartite(10, 8192, 0, decode=True)),
         case("decode-10x8192-bf16-rope", bipartite(10, 8192, 0, decode=True, rope=True)),
         case("decode-8x11k-bf16", Workload((11_200,) * 8, (), decode=True)),
+        *(
+            case(
+                f"rag-top3-10x{length}-bf16",
+                bipartite(10, length, 3),
+                curve=Curve("ten passages, three of them seen by the rest", "tokens of a passage", length, "sdpa"),
+            )
+            for length in (75, 150, 512)
+        ),
         *(
             case(
                 f"star-{count}x250-bf16",
