@@ -11,8 +11,8 @@ TORCH_KERNELS_CPU_KERNEL(graph_attention_backward, GraphAttentionBackwardParams)
 TORCH_KERNELS_CPU_KERNEL(rope_shift, RopeShiftParams)
 }  // namespace torch_kernels::cpu
 
-// In CUDA C++ there are decoding, where no more tokens than query segments come, and rope_shift. Sequences are
-// Triton's.
+// Made for decoding: every token is computed alone. Longer query segments are Triton's where it is there, as are
+// gradients.
 namespace torch_kernels::cuda {
 void graph_attention(const GraphAttentionParams&, const Context&);
 void rope_shift(const RopeShiftParams&, const Context&);

@@ -16,8 +16,8 @@ struct SegmentGraph {
   Tensor edge_sources;  // [E]
   Tensor own_segment;   // [Nq]; -1: none
 
-  int64_t query_segments() const { return own_segment.size[0]; }
-  int64_t key_segments() const { return kv_offsets.size[0] - 1; }
+  TORCH_KERNELS_HOST_DEVICE int64_t query_segments() const { return own_segment.size[0]; }
+  TORCH_KERNELS_HOST_DEVICE int64_t key_segments() const { return kv_offsets.size[0] - 1; }
 };
 
 // Keys are stored rotated by their place in their segment. Token t of query segment a stands at q_start[a] + t, the

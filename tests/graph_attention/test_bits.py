@@ -13,7 +13,6 @@ from ..backends import Backend, for_all
 from ..strategies import LAYOUTS
 from ..tolerance import assert_bitwise
 from .cases import Case, cases, make, run
-from .test_attention import decodes_only
 
 
 def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -21,14 +20,9 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
     assert_bitwise("lse", actual[1], expected[1])
 
 
-def drawn(data: st.DataObject, backend: Backend, **fixed: Any) -> Case:
-    case = data.draw(cases(backend, **fixed))
-    return case.replace(q_lengths=(1,) * len(case.q_lengths)) if decodes_only(backend) else case
-
-
 @for_all(data=st.data())
 def test_paged_equals_packed(backend: Backend, data: st.DataObject) -> None:
-    case = drawn(data, backend, page=0, layout="contiguous")
+    case = data.draw(cases(backend, page=0, layout="contiguous"))
     packed = run(backend, make(case, backend.device))
     for page in (3, 16) if backend.slow else (1, 3, 16, 64, 256):
         assert_same(run(backend, make(case.replace(page=page), backend.device)), packed)
@@ -36,7 +30,7 @@ def test_paged_equals_packed(backend: Backend, data: st.DataObject) -> None:
 
 @for_all(data=st.data())
 def test_layout_changes_nothing(backend: Backend, data: st.DataObject) -> None:
-    case = drawn(data, backend, layout="contiguous")
+    case = data.draw(cases(backend, layout="contiguous"))
     contiguous = run(backend, make(case, backend.device))
     for layout in ("transposed", "sliced") if backend.slow else [x for x in LAYOUTS if x not in ("expanded",)]:
         assert_same(run(backend, make(case.replace(layout=layout), backend.device)), contiguous)
@@ -60,10 +54,10 @@ def packed_together(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 @for_all(data=st.data())
 def test_packing_requests_changes_nothing(backend: Backend, data: st.DataObject) -> None:
-    case = drawn(data, backend, page=0, layout="contiguous")
+    case = data.draw(cases(backend, page=0, layout="contiguous"))
     # Offsets of 0 and no rows behind, so that the requests' keys are neighbours.
     case = case.replace(seed=case.seed // 6 * 6)
-    other = case.replace(seed=case.seed + 6, q_lengths=(1,) if decodes_only(backend) else (7, 1, 33))
+    other = case.replace(seed=case.seed + 6, q_lengths=(7, 1, 33))
     a, b = make(case, backend.device), make(other, backend.device)
     one, two = run(backend, a), run(backend, b)
     assert_same(run(backend, a), one)
@@ -76,12 +70,6 @@ def test_packing_requests_changes_nothing(backend: Backend, data: st.DataObject)
 
 def test_a_hidden_nan_never_leaks(backend: Backend) -> None:
     """Keys and values of the own segment become NaN from the end: rows that do not see them keep their bits."""
-    if decodes_only(backend):
-        case = Case(q_lengths=(1,), kv_lengths=(9, 5), own="none", density=0.0, rope="half")
-        args = make(case, backend.device)
-        args["k"][:] = args["v"][:] = float("nan")
-        assert (run(backend, args)[0] == 0).all()
-        return
     for dtype in backend.dtypes:
         case = Case(q_lengths=(21,), kv_lengths=(21, 9), own="all", density=1.0, rope="half", dtype=dtype)
         args = make(case, backend.device)

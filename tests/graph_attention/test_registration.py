@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch_kernels
 from torch import Tensor
+from torch_kernels._registry import OPS, triton_version
 
 from ..backends import Backend
 from ..tolerance import assert_bitwise
@@ -60,6 +61,17 @@ def test_signature_and_documentation(op: str) -> None:
     parameters = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
     assert str(inspect.Signature(parameters)) == SIGNATURES[op]
     assert "Args:" in function.__doc__ and "Raises:" in function.__doc__
+
+
+def test_decoding_is_cudas_and_sequences_are_tritons() -> None:
+    cuda = next(backend for backend in OPS["graph_attention"].backends if backend.name == "cuda")
+    assert cuda.refuses is not None
+    for i, served in ((0, True), (1, True), (2, False), (3, False), (4, False)):
+        positional, _ = samples("cpu")["graph_attention"][i]
+        with torch_kernels.use_backend("cuda"):
+            assert cuda.refuses(*positional.values()) is None
+        if triton_version():
+            assert (cuda.refuses(*positional.values()) is None) == served
 
 
 @pytest.mark.parametrize(("op", "i"), every_sample())

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import Backend, for_all, unchecked
 from ..guards import Guards
 from ..strategies import seeds
-from .test_attention import decodes_only
+from .cases import has_gradients
 
 EXTREMES = torch.tensor([-(2**31), -(2**30), -1000, -2, -1, 0, 1, 2, 5, 8, 100, 1000, 2**20, 2**30, 2**31 - 1])
 
@@ -44,7 +44,7 @@ shared = {"seed": seeds, "dtype": st.sampled_from([torch.int32, torch.int64]), "
 @for_all(**shared, paged=st.booleans())
 def test_attention(backend: Backend, seed: int, dtype: torch.dtype, rope: bool, paged: bool) -> None:
     g = Garbage(backend, seed, dtype)
-    segments, tokens, edges = 4, 3 if decodes_only(backend) else 11, 6
+    segments, tokens, edges = 4, 11, 6
     keys = (5, 4) if paged else (12,)
     args = [g.numbers(tokens, 4, 16), g.numbers(*keys, 2, 16), g.numbers(*keys, 2, 8)]
     args += [g.indices(segments + 1), g.indices(4), g.indices(segments + 1), g.indices(edges), g.indices(segments)]
@@ -59,7 +59,7 @@ def test_attention(backend: Backend, seed: int, dtype: torch.dtype, rope: bool, 
 
 @for_all(**shared)
 def test_backward(backend: Backend, seed: int, dtype: torch.dtype, rope: bool) -> None:
-    if decodes_only(backend):
+    if not has_gradients(backend):
         pytest.skip("no CUDA kernel")
     g = Garbage(backend, seed, dtype)
     segments, tokens, edges, keys = 4, 11, 6, 12

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes of the Triton kernels: from dtype, head sizes and architecture, never from how much is in a call, so that
-a request's bits do not depend on its company."""
+"""Which GPU kernel serves a call, and the tile sizes of the Triton kernels: from dtype, head sizes and architecture,
+never from how much is in a call, so that a request's bits do not depend on its company."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     chunk: int = 0  # pairs of columns in one product of queries and keys; 0: all
+
+
+def prefers_triton(tokens: int, segments: int) -> bool:
+    """Triton's kernel is for sequences, the one in CUDA C++ for decoding. Offsets are on the device, so shapes tell:
+    with no more tokens than query segments, hardly one of these has two."""
+    return tokens > segments
 
 
 def block(size: int) -> int:

@@ -12,34 +12,33 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks, _native
-from torch_kernels._registry import Backend, Op, native, unit_stride
-from torch_kernels.graph_attention import reference
+from torch_kernels._registry import Backend, Op, may_choose_triton, native, unit_stride
+from torch_kernels.graph_attention import heuristics, reference
 
 MAX_HEAD_SIZE = 256
 ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 FREQUENCIES = (torch.float32, torch.float64)
 
 
-def _more_tokens_than_segments(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, *_: Any) -> str | None:
-    """For the CUDA kernel. Shapes are all that is known here, so it finds each token's segment itself."""
-    if q.shape[0] > q_offsets.shape[0] - 1:
-        return "its kernel decodes, one token per query segment; Triton's serve sequences"
+def _leaves_sequences(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, *_: Any) -> str | None:
+    """For the CUDA kernel, which computes every token alone: Triton's serves sequences unless a backend is forced."""
+    if may_choose_triton() and heuristics.prefers_triton(q.shape[0], q_offsets.shape[0] - 1):
+        return "Triton's kernel is faster for query segments of several tokens"
     return None
 
 
-def _backends(name: str, *in_cuda: str, refuses: Callable[..., str | None] | None = None) -> tuple[Backend, ...]:
+def _backends(name: str, on_cuda: bool = True, refuses: Callable[..., str | None] | None = None) -> tuple[Backend, ...]:
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.graph_attention.triton_kernels"), name)
 
-    compiled = {backend: Backend(backend, native(backend, name), ON_GPU, unit_stride, refuses) for backend in in_cuda}
     kernels = (
         Backend("cpu", native("cpu", name), _checks.FLOATING),
-        compiled.get("cuda"),
+        Backend("cuda", native("cuda", name), ON_GPU, unit_stride, refuses),
         Backend("triton", triton, ON_GPU),
-        compiled.get("emulator"),
+        Backend("emulator", native("emulator", name), ON_GPU, unit_stride),
         Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
     )
-    return tuple(kernel for kernel in kernels if kernel is not None)
+    return tuple(kernel for kernel in kernels if on_cuda or kernel.name not in ("cuda", "emulator"))
 
 
 def _check_floating(op: str, dtype_of: Tensor, **tensors: Tensor | None) -> None:
@@ -152,7 +151,7 @@ graph_attention = Op(
     "Tensor? q_start=None, Tensor? edge_start=None, Tensor? own_start=None, bool interleaved=False) -> "
     "(Tensor out, Tensor lse)",
     partial(_check_attention, "graph_attention"), _allocate_attention,
-    _backends("graph_attention"),
+    _backends("graph_attention", refuses=_leaves_sequences),
     partial(_validate_attention, "graph_attention"),
 )  # fmt: skip
 
@@ -197,7 +196,8 @@ graph_attention_backward = Op(
     "Tensor q_offsets, Tensor kv_offsets, Tensor edge_offsets, Tensor edge_sources, Tensor own_segment, *, "
     "float? scale=None, Tensor? inv_freq=None, Tensor? q_start=None, Tensor? edge_start=None, "
     "Tensor? own_start=None, bool interleaved=False) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-    partial(_check_backward, "graph_attention_backward"), _allocate_backward, _backends("graph_attention_backward"),
+    partial(_check_backward, "graph_attention_backward"), _allocate_backward,
+    _backends("graph_attention_backward", on_cuda=False),
     partial(_validate_backward, "graph_attention_backward"),
 )  # fmt: skip
 
