@@ -17,6 +17,7 @@ test: build lint  ## the whole suite
 bench: build  ## the benchmarks of every op, written to bench/results/<machine>/
 	$(RUN) bench/overhead.py --json
 	$(RUN) bench/tree_attention.py --json --plot
+	$(RUN) bench/graph_attention.py --json --plot
 	$(RUN) bench/int4_linear.py --json --plot
 	$(RUN) bench/int8_linear.py --json --plot
 	$(RUN) bench/lightning_attention.py --json --plot

@@ -10,6 +10,7 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
+#include <span>
 #include <vector>
 
 #include "core/tensor.h"
@@ -47,19 +48,30 @@ struct Arithmetic<BFloat16> {
 };
 #endif
 
+// Slots [first, first + length) of one batch row, which are those from `begin` on of several pieces in a row.
+struct Piece {
+  int64_t begin, length, batch, first;
+};
+
 // Rows of keys or values of one head, found by slot: contiguous in a cache, scattered over pages, or the tree's own.
 struct RowSource {
   Tensor tensor;       // [B, S, H, D] or pages [P, page, H, D]
   Tensor block_table;  // [B, pages] or absent
   int64_t batch, head;
-  int64_t slots;  // how many there are
+  int64_t slots;                    // how many there are
+  std::span<const Piece> pieces{};  // if any, what the slots are pieced together from
 
   int64_t element_size() const { return size_of(tensor.dtype); }
   const char* address(int64_t slot) const {
     int64_t outer = batch;
+    if (!pieces.empty()) {
+      auto begins_after = [](int64_t slot, const Piece& piece) { return slot < piece.begin; };
+      const Piece& piece = *--std::upper_bound(pieces.begin() + 1, pieces.end(), slot, begins_after);
+      outer = piece.batch, slot += piece.first - piece.begin;
+    }
     if (block_table) {
       int64_t page_size = tensor.size[1];
-      outer = std::clamp<int64_t>(block_table.index(batch, slot / page_size), 0, tensor.size[0] - 1);
+      outer = std::clamp<int64_t>(block_table.index(outer, slot / page_size), 0, tensor.size[0] - 1);
       slot %= page_size;
     }
     return tensor.at<const char>() +
@@ -71,7 +83,10 @@ struct RowSource {
   }
 
   // Of any tile, at least this many rows in a row are stride[1] apart.
-  int run() const { return block_table ? int(std::gcd(tensor.size[1], int64_t(kKeyTile))) : kKeyTile; }
+  int run() const {
+    if (!pieces.empty()) return 1;
+    return block_table ? int(std::gcd(tensor.size[1], int64_t(kKeyTile))) : kKeyTile;
+  }
 };
 
 // Copies a tile's rows of `heads` neighbouring heads to `to` [heads][kKeyTile][stride] as matrix elements, zero-padded.
@@ -157,26 +172,49 @@ struct Ahead {
   }
 };
 
-// Which lanes see a key of a tile: a vector of masks for lanes [row, row + kLanes).
+// Which lanes see a key of a tile: a vector of masks for lanes [row, row + kLanes). keys() says how many of a tile's
+// `count` keys any of the lanes [row, row + width) may see.
 struct EverythingVisible {
   static constexpr bool kMasks = false;
+  int keys(int, int, int count) const { return count; }
 };
 
-// Row r sees the keys from first_visible[r] on (counted within the tile).
-struct VisibleFrom {
+// A key for each lane, counted within the tile.
+struct Borders {
   static constexpr bool kMasks = true;
-  const int32_t* first_visible;
+  const int32_t* border;
 
-  bool sees(int key, int row) const { return key >= first_visible[row]; }
+  template <class Real>
+  MaskOf<Real> of_lanes(int row) const {
+    MaskOf<Real> borders;
+    if constexpr (sizeof(Real) == sizeof *border) {
+      std::memcpy(&borders, border + row, sizeof borders);
+    } else {
+      for (int i = 0; i < kLanes<Real>; i++) borders[i] = border[row + i];
+    }
+    return borders;
+  }
+};
+
+// Row r sees the keys from border[r] on.
+struct VisibleFrom : Borders {
+  bool sees(int key, int row) const { return key >= border[row]; }
+  int keys(int, int, int count) const { return count; }
   template <class Real>
   MaskOf<Real> lanes(int key, int row) const {
-    MaskOf<Real> first;
-    if constexpr (sizeof(Real) == sizeof *first_visible) {
-      std::memcpy(&first, first_visible + row, sizeof first);
-    } else {
-      for (int i = 0; i < kLanes<Real>; i++) first[i] = first_visible[row + i];
-    }
-    return key >= first;
+    return key >= of_lanes<Real>(row);
+  }
+};
+
+// Row r sees the keys before border[r].
+struct VisibleBefore : Borders {
+  bool sees(int key, int row) const { return key < border[row]; }
+  int keys(int row, int width, int count) const {
+    return std::clamp(*std::max_element(border + row, border + row + width), 0, count);
+  }
+  template <class Real>
+  MaskOf<Real> lanes(int key, int row) const {
+    return key < of_lanes<Real>(row);
   }
 };
 
@@ -186,6 +224,7 @@ struct VisibleBits {
   const uint64_t* bits;  // [keys, words]
   int64_t words;
 
+  int keys(int, int, int count) const { return count; }
   uint64_t word(int key, int row) const { return bits[key * words + row / 64] >> (row % 64); }
   bool sees(int key, int row) const { return word(key, row) & 1; }
   template <class Real>
@@ -303,6 +342,71 @@ struct SoftmaxRows {
       }
   }
 
+  // Packs up to 16 rows of a head from row `first`, a multiple of 16, on. Those are `stride` elements apart, in memory
+  // for 16 of them, and zero from `count` and from channel `channels` on.
+  void pack_rows(int head, int first, int count, const Element* from, int64_t stride) {
+    int block = first / kRowBlock * kRowBlock, block_width = block_rows(block);
+    Unit* to = const_cast<Unit*>(queries_of(head, block)) + (first - block);
+    const Unit* units = reinterpret_cast<const Unit*>(from);
+    int64_t row_units = stride / kPack;
+#if defined(__AVX512BW__)
+    if constexpr (kPack > 1) {
+      if (head_lanes % kRowAlign == 0) {
+        for (int c = 0; c < padded_channels / kPack; c += kRowAlign)
+          transpose(units + c, row_units, to + int64_t(c) * block_width, block_width);
+        return;
+      }
+    }
+#endif
+    for (int r = 0; r < count; r++)
+      for (int c = 0; c < padded_channels / kPack; c++) to[int64_t(c) * block_width + r] = units[r * row_units + c];
+  }
+
+  // Joins the states of `count` splits, state_of(0 .. count - 1), in this order. sink(lane) is a logit more, in powers
+  // of two; write(head, row, out, lse) gets each row.
+  template <class StateOf, class Sink, class Write>
+  void merge(int count, const StateOf& state_of, const Sink& sink, const Write& write) {
+    int channels = padded_value_channels;
+    static thread_local Scratch::Block block;
+    Real *weight, *result;
+    Scratch::plan(block, [&](Scratch& scratch) {
+      weight = scratch.take<Real>(count * kLane);
+      result = scratch.take<Real>(channels);
+    });
+    for (int first = 0; first < padded_lanes; first += kLane) {
+      auto exists = [&](int i) { return first + i < heads * head_lanes && (first + i) % head_lanes < rows; };
+      Vector<Real> highest;
+      for (int i = 0; i < kLane; i++) highest[i] = exists(i) ? sink(first + i) : -kInfinity;
+      Vector<Real> sinks = highest;
+      for (int s = 0; s < count; s++) {
+        use_state(state_of(s));
+        highest = maximum(highest, load(maximum_score + first));
+      }
+      Vector<Real> base = highest == -kInfinity ? Vector<Real>{} : highest, total = exp2_vector(sinks - base);
+      for (int s = 0; s < count; s++) {
+        use_state(state_of(s));
+        Vector<Real> w = exp2_vector(load(maximum_score + first) - base);
+        store(weight + s * kLane, w);
+        total += w * load(sum + first);
+      }
+      Vector<Real> inverse = 1 / total;
+      for (int i = 0; i < kLane; i++) {
+        if (!exists(i)) continue;
+        int head = (first + i) / head_lanes, row = (first + i) % head_lanes;
+        for (int s = 0; s < count; s++) {
+          use_state(state_of(s));
+          const Real *from = out_row(head, row), w = weight[s * kLane + i], last = s + 1 < count ? 1 : inverse[i];
+          for (int c = 0; c < channels; c += kLane) {
+            Vector<Real> so_far = s > 0 ? load(result + c) : Vector<Real>{};
+            store(result + c, (so_far + load(from + c) * w) * last);
+          }
+        }
+        if constexpr (kPack > 1) restore_order(result, channels);
+        write(head, row, result, double(base[i]) * 0.69314718055994531 + std::log(double(total[i])));
+      }
+    }
+  }
+
   // Fetches keys [first, first + count) and their values from the sources, which are those of the first head. A tile
   // stays where it lies if each of its lines will be read once; otherwise it is copied, because cache rows are often a
   // large power of two apart and would compete for the same few lines of the processor's caches.
@@ -342,18 +446,24 @@ struct SoftmaxRows {
   // Adds the `count` keys of a tile to every row. Scores are scale · q·k, capped at ±softcap if that is not 0.
   template <class Visible>
   void absorb(Tiles& tiles, int count, Real softcap, const Visible& visible, MatmulSession& session) {
-    int padded_count = int(round_up(count, Arithmetic<Query>::kKeyAlign)), tile_rows = std::min(head_lanes, kRowAlign);
-    tiles.ahead.start(padded_lanes / kLane * padded_count / kPack);
+    auto padded = [](int keys) { return int(round_up(keys, Arithmetic<Query>::kKeyAlign)); };
+    int tile_rows = std::min(head_lanes, kRowAlign);
+    tiles.ahead.start(padded_lanes / kLane * padded(count) / kPack);
     nonfinite.clear();
     if constexpr (Visible::kMasks) take_nonfinite(count);
+    bool paired = false;
     for (int block = 0; block < head_lanes; block += kRowBlock) {
+      int seen = visible.keys(block, width(block), count), padded_seen = padded(seen);
+      if (seen == 0) continue;
       session.shape(kRowAlign, tile_rows);
-      multiply_keys(tiles, block, padded_count);
-      softmax(block, count, padded_count, softcap, visible, tiles.ahead);
+      multiply_keys(tiles, block, padded_seen);
+      softmax(block, seen, padded_seen, softcap, visible, tiles.ahead);
       session.shape(tile_rows, kRowAlign);
-      for (int key = 0; key < padded_count; key += value_step()) {
-        int step = std::min(value_step(), padded_count - key);
-        if (block == 0) pair_values(tiles, key, step, count);  // with several blocks, one step is the whole tile
+      // With several blocks, one step is the whole tile.
+      if (!few_rows() && !paired) pair_values(tiles, 0, padded(count), count), paired = true;
+      for (int key = 0; key < padded_seen; key += value_step()) {
+        int step = std::min(value_step(), padded_seen - key);
+        if (few_rows()) pair_values(tiles, key, step, count);
         for (int h = 0; h < heads; h++) add_values(h, block, key, step);
       }
       if constexpr (Visible::kMasks) {
@@ -515,9 +625,8 @@ struct SoftmaxRows {
     for (int h = 0; h < heads; h++)
       for (int key = 0; key < count; key++) {
         Element* row = value_tiles + (int64_t(h) * kKeyTile + key) * value_stride();
-        bool finite = true;
-        for (int c = 0; c < value_channels; c++) finite &= is_finite(row[c]);
-        for (int c = 0; !finite && c < value_channels; c++)
+        if (all_finite(row, value_channels)) continue;
+        for (int c = 0; c < value_channels; c++)
           if (!is_finite(row[c])) nonfinite.push_back({h, key, out_column(c), to_float(row[c])}), row[c] = Element{};
       }
   }

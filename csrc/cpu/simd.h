@@ -118,6 +118,22 @@ inline bool is_finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
 inline bool is_finite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7f800000) != 0x7f800000; }
 inline bool is_finite(double x) { return std::isfinite(x); }
 
+// Of numbers without their sign bits, NaN and infinities are the largest.
+inline bool all_finite(const BFloat16* x, int64_t n) {
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint16_t magnitude = x[i].bits & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < 0x7f80;
+}
+template <class T>
+inline bool all_finite(const T* x, int64_t n) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; i++) finite &= is_finite(x[i]);
+  return finite;
+}
+
 template <class T>
 inline T from_float(double x);
 template <>

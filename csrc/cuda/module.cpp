@@ -4,6 +4,7 @@
 
 namespace torch_kernels {
 void bind_tree_attention(nb::module_& module);
+void bind_graph_attention(nb::module_& module);
 void bind_int4_linear(nb::module_& module);
 void bind_int8_linear(nb::module_& module);
 void bind_lightning_decoding(nb::module_& module);
@@ -12,6 +13,7 @@ void bind_lightning_decoding(nb::module_& module);
 NB_MODULE(_cuda, module) {
   module.attr("architectures") = TORCH_KERNELS_ARCHITECTURES;
   torch_kernels::bind_tree_attention(module);
+  torch_kernels::bind_graph_attention(module);
   torch_kernels::bind_int4_linear(module);
   torch_kernels::bind_int8_linear(module);
   torch_kernels::bind_lightning_decoding(module);

@@ -5,6 +5,7 @@
 
 namespace torch_kernels {
 void bind_tree_attention(nb::module_& module);
+void bind_graph_attention(nb::module_& module);
 void bind_int4_linear(nb::module_& module);
 void bind_int8_linear(nb::module_& module);
 void bind_lightning_decoding(nb::module_& module);
@@ -13,6 +14,7 @@ void bind_lightning_decoding(nb::module_& module);
 NB_MODULE(_emulator, module) {
   module.def("set_seed", [](unsigned seed) { emulator::set_seed(seed); });
   torch_kernels::bind_tree_attention(module);
+  torch_kernels::bind_graph_attention(module);
   torch_kernels::bind_int4_linear(module);
   torch_kernels::bind_int8_linear(module);
   torch_kernels::bind_lightning_decoding(module);

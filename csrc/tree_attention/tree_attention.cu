@@ -14,69 +14,22 @@ void launch_tree_attention_float32(const TreeAttentionParams& p, const TreeAtten
 
 namespace {
 
-// One warp per row of the output: the splits' states and accumulators in ascending order.
 template <class T>
 __global__ void __launch_bounds__(128, 8)
     tree_attention_combine_kernel(TreeAttentionParams p, TreeAttentionPlan plan, Partials partials) {
-  int nodes = int(p.q.size[1]), query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]),
-      value_size = int(p.v_cache.size[3]);
-  int lane = threadIdx.x % 32, group = query_heads / kv_heads, rows = nodes * group;
+  int query_heads = int(p.q.size[2]), kv_heads = int(p.k_cache.size[2]), group = query_heads / kv_heads,
+      rows = int(p.q.size[1]) * group;
   int64_t item = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (item >= p.q.size[0] * kv_heads * rows) return;
   int row = int(item % rows), node = row / group;
   int64_t batch = item / rows / kv_heads, kv_head = item / rows % kv_heads, head = kv_head * group + row % group;
   int splits = plan.splits(plan.clamp_prefix(p.prefix_lens.index(batch)));
   if (splits == 1) return;  // written already
-
   int64_t first = (batch * kv_heads + kv_head) * plan.grid_splits * rows + row;
-  // A lane has the states of splits lane, lane + 32, ...: they are loaded together.
-  float m = -INFINITY, l = 0;
-  for (int s = lane; s < splits; s += 32) {
-    float2 state = partials.state[first + int64_t(s) * rows];
-    if (state.y != 0) m = fmaxf(m, state.x);
-  }
-  for (int step = 16; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-  auto weight_of = [&](int s) {
-    float2 state = s < splits ? partials.state[first + int64_t(s) * rows] : make_float2(0, 0);
-    return make_float2(state.y == 0 ? 0.f : expf(shift_of(state.x) - shift_of(m)), state.y);
-  };
-  for (int s = lane; s < splits; s += 32) {
-    float2 weight = weight_of(s);
-    l += weight.x * weight.y;
-  }
-  for (int step = 16; step > 0; step /= 2) l += __shfl_xor_sync(0xffffffffu, l, step);
   bool padding = isnan(partials.state[first].x);
-  float lse, sink = p.sinks && !padding ? *p.sinks.at<const float>(head) : -INFINITY;
-  float factor = finish_row(m, l, sink, lse);
-  if (lane == 0) *p.lse.at<float>(batch, head, node) = lse;
-
-  for (int start = 0; start < value_size; start += 128) {
-    int column = start + lane * 4;
-    bool inside = column < value_size;
-    float4 total = make_float4(0, 0, 0, 0);
-    for (int group = 0; group < splits; group += 32) {
-      float2 mine = weight_of(group + lane);
-      if (mine.y == 0) mine.x = -1;  // saw nothing: what its accumulator holds does not count
-#pragma unroll 8
-      for (int i = 0; i < min(splits - group, 32); i++) {
-        float weight = __shfl_sync(0xffffffffu, mine.x, i);
-        if (!inside) continue;
-        const float* from = partials.out + (first + int64_t(group + i) * rows) * value_size + column;
-        float4 x = *reinterpret_cast<const float4*>(from);
-        if (weight < 0) continue;
-        total.x += weight * x.x, total.y += weight * x.y, total.z += weight * x.z, total.w += weight * x.w;
-      }
-    }
-    if (!inside) continue;
-    T* to = p.out.at<T>(batch, node, head, column);
-    if (l == 0) factor = 0;
-    if constexpr (sizeof(T) == 4)
-      *reinterpret_cast<float4*>(to) =
-          make_float4(factor * total.x, factor * total.y, factor * total.z, factor * total.w);
-    else
-      *reinterpret_cast<uint2*>(to) =
-          make_uint2(pack<T>(factor * total.x, factor * total.y), pack<T>(factor * total.z, factor * total.w));
-  }
+  float sink = p.sinks && !padding ? *p.sinks.at<const float>(head) : -INFINITY;
+  partials.combine<T>(first, rows, splits, sink, int(p.v_cache.size[3]), p.lse.at<float>(batch, head, node),
+                      p.out.at<T>(batch, node, head));
 }
 
 template <class T>
@@ -104,9 +57,7 @@ void tree_attention(const TreeAttentionParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   if (p.out.elements() == 0) return;
   TreeAttentionPlan plan = make_plan(p);
-  int64_t rows = int64_t(partial_rows(p, plan)), value_size = p.v_cache.size[3];
-  float* out = rows ? static_cast<float*>(context.allocate(rows * (value_size + 2) * int64_t(sizeof(float)))) : nullptr;
-  Partials partials{out, reinterpret_cast<float2*>(out + rows * value_size)};
+  Partials partials(context, partial_rows(p, plan), p.v_cache.size[3]);
   if (p.q.dtype == DType::float16)
     run<__half>(p, plan, partials, context.stream);
   else if (p.q.dtype == DType::bfloat16)

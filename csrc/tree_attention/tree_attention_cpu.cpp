@@ -215,7 +215,7 @@ class Forward {
           first_visible[h * rows.head_lanes + r] = int32_t(std::clamp<int64_t>(lowest[r] - first, 0, kKeyTile));
       rows.load_tiles(tiles, keys, values, first, count, masked);
       if (masked) {
-        rows.absorb(tiles, count, Real(p.softcap), VisibleFrom{first_visible.data()}, session);
+        rows.absorb(tiles, count, Real(p.softcap), VisibleFrom{{first_visible.data()}}, session);
       } else {
         rows.absorb(tiles, count, Real(p.softcap), EverythingVisible{}, session);
       }
@@ -226,55 +226,17 @@ class Forward {
   template <class State>
   void finish(Place at, const State& state_of) const {
     Rows rows = rows_of(at.chunk);
-    int count = splits[at.b].count, channels = rows.padded_value_channels;
-    constexpr int lanes = Rows::kLane;
-    static thread_local Scratch::Block block;
-    Real *weight, *result;
-    Scratch::plan(block, [&](Scratch& scratch) {
-      weight = scratch.take<Real>(count * lanes);
-      result = scratch.take<Real>(channels);
+    auto sink = [&](int lane) {
+      if (!p.sinks) return -Rows::kInfinity;
+      return Real(*p.sinks.at<const float>(query_head(at, lane / rows.head_lanes, lane % rows.head_lanes)) * kLog2E);
+    };
+    rows.merge(splits[at.b].count, state_of, sink, [&](int h, int r, Real* result, double lse) {
+      int node = node_of(at.chunk, r), head = query_head(at, h, r);
+      bool sees_something = trees[at.b].depth[node] >= 0;
+      if (!sees_something) std::fill_n(result, rows.value_channels, Real(0));
+      convert(result, p.out.at<Query>(at.b, node, head), rows.value_channels);
+      *p.lse.at<float>(at.b, head, node) = sees_something ? float(lse) : -std::numeric_limits<float>::infinity();
     });
-    for (int first = 0; first < rows.padded_lanes; first += lanes) {
-      auto head_of = [&](int i) { return (first + i) / rows.head_lanes; };
-      auto row_of = [&](int i) { return (first + i) % rows.head_lanes; };
-      auto exists = [&](int i) { return head_of(i) < heads && row_of(i) < rows.rows; };
-      Vector<Real> sink;
-      for (int i = 0; i < lanes; i++)
-        sink[i] = p.sinks && exists(i) ? Real(*p.sinks.at<const float>(query_head(at, head_of(i), row_of(i))) * kLog2E)
-                                       : -Rows::kInfinity;
-      Vector<Real> highest = sink;
-      for (int s = 0; s < count; s++) {
-        rows.use_state(state_of(s));
-        highest = maximum(highest, load(rows.maximum_score + first));
-      }
-      Vector<Real> base = highest == -Rows::kInfinity ? Vector<Real>{} : highest, total = exp2_vector(sink - base);
-      for (int s = 0; s < count; s++) {
-        rows.use_state(state_of(s));
-        Vector<Real> w = exp2_vector(load(rows.maximum_score + first) - base);
-        store(weight + s * lanes, w);
-        total += w * load(rows.sum + first);
-      }
-      Vector<Real> inverse = 1 / total;
-      for (int i = 0; i < lanes; i++) {
-        if (!exists(i)) continue;
-        for (int c = 0; c < channels; c += lanes) {
-          Vector<Real> sum{};
-          for (int s = 0; s < count; s++) {
-            rows.use_state(state_of(s));
-            sum += load(rows.out_row(head_of(i), row_of(i)) + c) * weight[s * lanes + i];
-          }
-          store(result + c, sum * inverse[i]);
-        }
-        if constexpr (Rows::kPack > 1) restore_order(result, channels);
-        int node = node_of(at.chunk, row_of(i)), head = query_head(at, head_of(i), row_of(i));
-        bool sees_something = trees[at.b].depth[node] >= 0;
-        if (!sees_something) std::fill_n(result, channels, Real(0));
-        convert(result, p.out.at<Query>(at.b, node, head), rows.value_channels);
-        *p.lse.at<float>(at.b, head, node) =
-            sees_something ? float(double(base[i]) * 0.69314718055994531 + std::log(double(total[i])))
-                           : -std::numeric_limits<float>::infinity();
-      }
-    }
   }
 
   const TreeAttentionParams& p;

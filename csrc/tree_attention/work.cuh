@@ -2,24 +2,17 @@
 // What one block of a tree attention kernel works on: which rows, which key tiles in which order, where each key is
 // stored, which rows see it, and where the result goes. Shared by the tensor core kernel and the fp32 kernel.
 #pragma once
-#include <math.h>
-
 #include "cuda/launch.cuh"
+#include "cuda/softmax.cuh"
 #include "cuda/tile.cuh"
 #include "tree_attention/plan.h"
 #include "tree_attention/tree.cuh"
 
 namespace torch_kernels {
 
-// Partial results of splits: O [B, Hk, splits, T * G, Dv] unnormalised, then (maximum, sum) [B, Hk, splits, T * G],
-// natural exponents; the maximum of a padding row is NaN, which no other row's is.
-struct Partials {
-  float* out;
-  float2* state;
-};
-
-inline size_t partial_rows(const TreeAttentionParams& p, const TreeAttentionPlan& plan) {
-  return plan.grid_splits == 1 ? 0 : size_t(p.q.size[0] * p.q.size[1] * p.q.size[2]) * plan.grid_splits;
+// Rows of partial results: [B, Hk, splits, T * G]. The maximum of a padding row is NaN, which no other row's is.
+inline int64_t partial_rows(const TreeAttentionParams& p, const TreeAttentionPlan& plan) {
+  return plan.grid_splits == 1 ? 0 : p.q.size[0] * p.q.size[1] * p.q.size[2] * plan.grid_splits;
 }
 
 // Row r of a KV head is query head r % G of node r / G. Tiles are counted from 0: the split's prefix tiles in ascending
@@ -58,6 +51,9 @@ struct TreeAttentionWork {
     return is_tree(tile) ? prefix + first_node(tile) : (first_prefix_tile + tile) * plan.key_tile;
   }
   DEVICE bool in_cache(int tile) const { return !is_tree(tile) || !p.k_tree; }
+  DEVICE const Tensor& source(int tile, bool is_v) const {
+    return in_cache(tile) ? (is_v ? p.v_cache : p.k_cache) : (is_v ? p.v_tree : p.k_tree);
+  }
 
   // Looking up a key takes a block table entry from global memory, so it comes in two steps with time to pass between
   // them.
@@ -94,6 +90,26 @@ struct TreeAttentionWork {
   DEVICE int64_t partial_row(int row) const {
     return ((int64_t(batch) * p.k_cache.size[2] + head) * plan.grid_splits + split) * rows + row;
   }
+
+  DEVICE const Tensor& q() const { return p.q; }
+  template <class T>
+  DEVICE const T* q_at(int row, int column) const {
+    return p.q.at<const T>(batch, node(row), query_head(row), column);
+  }
+  template <class T>
+  DEVICE T* out_at(int row, int column) const {
+    return p.out.at<T>(batch, node(row), query_head(row), column);
+  }
+  DEVICE float* lse_at(int row) const { return p.lse.at<float>(batch, query_head(row), node(row)); }
+  DEVICE float sink(int row) const { return p.sinks ? *p.sinks.at<const float>(query_head(row)) : -INFINITY; }
+  // What a stored key or value is multiplied by.
+  DEVICE float factor(int tile, bool is_v) const {
+    const Tensor& scale = is_v ? p.v_scale : p.k_scale;
+    if (!scale || !in_cache(tile)) return 1;
+    return *scale.at<const float>(scale.size[0] == 1 ? 0 : head);
+  }
+  DEVICE int value_size() const { return int(p.v_cache.size[3]); }
+  DEVICE double softcap() const { return p.softcap; }
 };
 
 // One row's way from its node up to the root. Ancestors come in descending order, as the tree's tiles do.
@@ -124,17 +140,5 @@ struct AncestorWalk {
     return seen;
   }
 };
-
-// A softmax state is a maximum m and a sum l of exp(score - m); l == 0 means that nothing was seen. Shifting by the
-// maximum must not make NaN of an empty state, nor hide NaN scores, which leave m at -inf.
-DEVICE float shift_of(float m) { return m == -INFINITY ? 0.f : m; }
-
-// Joins the sink, if any, to a finished row, natural exponents: returns the factor for its accumulator and sets lse.
-DEVICE float finish_row(float m, float l, float sink, float& lse) {
-  float joint = shift_of(fmaxf(m, sink));
-  float scaled = l == 0 ? 0.f : expf(shift_of(m) - joint), total = l * scaled + expf(sink - joint);
-  lse = total == 0 ? -INFINITY : joint + logf(total);
-  return l == 0 ? 0.f : scaled / total;
-}
 
 }  // namespace torch_kernels

@@ -10,6 +10,7 @@ from typing import Any
 from torch_kernels import nn, trees
 from torch_kernels._registry import SlowPathWarning, set_validation, use_backend
 from torch_kernels.calibrate import Calibration, calibrate
+from torch_kernels.graph_attention import SegmentGraph, graph_attention, rope_shift
 from torch_kernels.int4_linear import Int4Weight, int4_linear
 from torch_kernels.int8_linear import (
     Int8Weight,
@@ -50,8 +51,10 @@ __all__ = [
     "Calibration",
     "Int4Weight",
     "Int8Weight",
+    "SegmentGraph",
     "SlowPathWarning",
     "calibrate",
+    "graph_attention",
     "hadamard_transform",
     "int4_linear",
     "int8_linear",
@@ -68,6 +71,7 @@ __all__ = [
     "merge_attention_states",
     "nn",
     "quantize_",
+    "rope_shift",
     "rotate_quantize",
     "set_validation",
     "simple_gla",

@@ -1,13 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shared memory of a tensor core tree attention block, and what fills it: Q, the ring of K and V tiles, where the
-// keys of the next tiles are, and which rows see them.
+// The shared memory of a tensor core attention block, and what fills it: Q, the ring of K and V tiles, and where the
+// keys of the next tiles are.
+//
+// `Work` says what one block works on: rows row0 .. row0 + row_tile - 1 of the `rows` that share key/value head `head`,
+// as tensors [outer, slot, head, channel] of keys and values.
+//   q(), q_at(row, column)         the queries, and one element of them
+//   source(tile, is_v)             the tensor that holds a tile of keys or values
+//   table_entry(tile, key), place(tile, key, entry)    see TreeAttentionWork
+//   value_size(), softcap(), sink(row), lse_at(row), out_at<T>(row, column), splits, partial_row(row)
 #pragma once
-#include "tree_attention/work.cuh"
+#include "core/tensor.h"
+#include "cuda/launch.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/tile.cuh"
 
 namespace torch_kernels {
 
 template <int kHeadTile, int kRowTile>
-struct TreeAttentionShape {
+struct AttentionShape {
   static constexpr int kThreads = 128;
   static constexpr int kWarpsM = kRowTile / 16, kWarpsN = 4 / kWarpsM;
   static constexpr int kKeys = kHeadTile == 256 ? 32 : 64;  // of a tile
@@ -18,11 +28,9 @@ struct TreeAttentionShape {
   // Byte offsets in shared memory.
   static constexpr int kRing = kRowTile * kHeadTile * 2;  // behind Q
   static constexpr int kRingBytes = kHeadTile == 256 && kRowTile == 64 ? 48 << 10 : 64 << 10;
-  static constexpr int kPlaces = kRing + kRingBytes;                      // int2 [2][kKeys]
-  static constexpr int kPresent = kPlaces + 2 * kKeys * 8;                // unsigned [kTables][kWords]
-  static constexpr int kAncestors = kPresent + kTables * kWords * 4;      // unsigned [2][kRowTile][kWords]
-  static constexpr int kDepths = kAncestors + 2 * kRowTile * kWords * 4;  // int [kRowTile]
-  static constexpr int kParents = kDepths + kRowTile * 4;                 // int16 [T]
+  static constexpr int kPlaces = kRing + kRingBytes;               // int2 [2][kKeys]
+  static constexpr int kPresent = kPlaces + 2 * kKeys * 8;         // unsigned [kTables][kWords]
+  static constexpr int kShared = kPresent + kTables * kWords * 4;  // what a kind of attention adds comes behind
 
   template <class KV>
   static constexpr int kBufferBytes = kKeys * kHeadTile * int(sizeof(KV));
@@ -33,58 +41,34 @@ struct TreeAttentionShape {
   static_assert(kWarpsN * kRowTile * ((kHeadTile + 8) * 4 + 8) <= kPlaces, "the results reuse Q and the ring");
 };
 
-template <int kHeadTile, int kRowTile>
-struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
-  using Shape = TreeAttentionShape<kHeadTile, kRowTile>;
+template <class Work, int kHeadTile, int kRowTile>
+struct KeyTiles : AttentionShape<kHeadTile, kRowTile> {
+  using Shape = AttentionShape<kHeadTile, kRowTile>;
   using Shape::kKeys, Shape::kTables, Shape::kThreads, Shape::kWarpsM, Shape::kWords;
 
-  const TreeAttentionWork& work;
+  Work& work;
   const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 32 % kWarpsM, warp_n = thread / 32 / kWarpsM;
   const Shared<int2> places = shared_array<int2>(Shape::kPlaces, 2 * kKeys);
   const Shared<unsigned> present = shared_array<unsigned>(Shape::kPresent, kTables* kWords);
-  const Shared<unsigned> ancestors = shared_array<unsigned>(Shape::kAncestors, 2 * kRowTile * kWords);
-  const Shared<int> depths = shared_array<int>(Shape::kDepths, kRowTile);
-  const Shared<int16_t> parents;
   char* const shared = dynamic_shared<char>();
 
-  AncestorWalk walk;   // of row `thread`
   int64_t entry = -1;  // looked up ahead, for key `thread` of the next tile to place
-  int deepest = 0;     // of all rows
 
-  DEVICE explicit KeyTiles(const TreeAttentionWork& w)
-      : work(w), parents(shared_array<int16_t>(Shape::kParents, w.p.q.size[1])) {}
-
-  // Reads the tree and finds how deep each row's node is.
-  DEVICE void start_rows() {
-    for (int i = thread; i < int(work.p.q.size[1]); i += kThreads)
-      parents[i] = int16_t(checked_parent(work.p.parents, work.batch, i));
-    __syncthreads();
-    if (thread < kRowTile) {
-      int row = work.row0 + thread;
-      depths[thread] = row < work.rows ? walk.start(parents, work.node(row), work.plan.window) : -1;
-    }
-    __syncthreads();
-    if (work.plan.window > 0)
-      for (int i = 0; i < kRowTile; i++) deepest = max(deepest, int(depths[i]));
-  }
-
-  // Of this thread's rows, lane / 4 and lane / 4 + 8 of its warp's 16: -1 for padding, or no row at all.
-  DEVICE int depth(int half) const { return depths[warp_m * 16 + half * 8 + lane / 4]; }
+  DEVICE explicit KeyTiles(Work& w) : work(w) {}
 
   // Q to shared memory. 8-bit K fragments hold columns 4t .. 4t+3 of 16 in lane t, where 16-bit ones hold 2t, 2t+1,
   // 2t+8, 2t+9: for them Q's columns are permuted alike.
   template <class KV>
   DEVICE void load_q() {
-    const Tensor& q = work.p.q;
+    const Tensor& q = work.q();
     int head_size = int(q.size[3]),
         width = copy_width(uint64_t(q.data) | uint64_t(q.stride[0] | q.stride[1] | q.stride[2]) * 2);
     constexpr int kChunks = kHeadTile / 8;
     for (int i = thread; i < kRowTile * kChunks; i += kThreads) {
       int row = work.row0 + i / kChunks, column = i % kChunks * 8;
       bool valid = row < work.rows && column < head_size;
-      const char* from = reinterpret_cast<const char*>(
-          valid ? q.at<const uint16_t>(work.batch, work.node(row), work.query_head(row), column)
-                : q.at<const uint16_t>());
+      const char* from =
+          reinterpret_cast<const char*>(valid ? work.template q_at<uint16_t>(row, column) : q.at<const uint16_t>());
       if constexpr (sizeof(KV) == 2) {
         copy_chunk(shared + swizzled<kHeadTile * 2>(i / kChunks, i % kChunks), from, valid ? 16 : 0, width);
       } else {
@@ -117,8 +101,7 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
   template <class KV>
   DEVICE void copy_tile(int tile, bool is_v, char* buffer) {
     constexpr int kRowBytes = kHeadTile * int(sizeof(KV)), kChunks = kRowBytes / 16;
-    bool cached = work.in_cache(tile);
-    const Tensor& from = cached ? (is_v ? work.p.v_cache : work.p.k_cache) : (is_v ? work.p.v_tree : work.p.k_tree);
+    const Tensor& from = work.source(tile, is_v);
     const char* base = static_cast<const char*>(from.data);
     int width = copy_width(uint64_t(base) | uint64_t(from.stride[0] | from.stride[1] | from.stride[2]) * sizeof(KV));
     int64_t stride0 = from.stride[0] * int64_t(sizeof(KV)), stride1 = from.stride[1] * int64_t(sizeof(KV));
@@ -136,32 +119,11 @@ struct KeyTiles : TreeAttentionShape<kHeadTile, kRowTile> {
     for (int row = thread / kChunks; row < kKeys; row += kThreads / kChunks) copy_row(row);
   }
 
-  // Finds which nodes of a tree tile each row sees.
-  DEVICE void find_ancestors(int tile) {
-    if (thread < kRowTile && work.is_tree(tile))
-      for (int word = kWords - 1; word >= 0; word--)
-        ancestors[(tile % 2 * kRowTile + thread) * kWords + word] =
-            walk.bits(parents, work.first_node(tile) + word * 32);
-  }
-
-  // The keys of a tile that this thread's row `half` sees.
-  DEVICE void visible_bits(int tile, int half, unsigned (&bits)[kWords]) {
-#pragma unroll
-    for (int word = 0; word < kWords; word++) {
-      bits[word] = present[tile % kTables * kWords + word];
-      unsigned seen;
-      if (work.is_tree(tile))
-        seen = ancestors[(tile % 2 * kRowTile + warp_m * 16 + half * 8 + lane / 4) * kWords + word];
-      else
-        seen = work.window_bits(work.first_slot(tile) + word * 32, depth(half));
-      bits[word] &= seen;
-    }
-  }
-  DEVICE bool needs_mask(int tile) {
-    if (work.is_tree(tile) || !work.window_covers(tile, deepest)) return true;
+  // Whether all keys of a tile exist.
+  DEVICE bool is_full(int tile) {
     unsigned all = 0xffffffffu;
     for (int word = 0; word < kWords; word++) all &= unsigned(present[tile % kTables * kWords + word]);
-    return all != 0xffffffffu;
+    return all == 0xffffffffu;
   }
 };
 
