@@ -40,22 +40,26 @@ def attention_config(size: int, value_size: int, element_size: int, rotated: boo
         return Config(16, 16, 16, 4 if widest <= 128 else 8, 1, 8)
     if arch in ("sm_90", "sm_100"):
         if widest > 128:
-            return Config(64, 32, 32, 4, 2)
+            return Config(64, 32, 32, 8, 2)
+        if rotated:
+            return Config(128, 64, 32, 8, 2)
         return Config(128, 128 if widest <= 64 else 64, 64, 8, 3)
     if widest > 128:
         return Config(32, 16, 16, 4, 2)
     return Config(64, 32, 32, 4, 2)
 
 
-def backward_configs(size: int, value_size: int, element_size: int, arch: str) -> tuple[Config, Config]:
+def backward_configs(size: int, value_size: int, element_size: int, rotated: bool, arch: str) -> tuple[Config, Config]:
     """For the gradient of queries, and for that of keys and values, where block_n keys meet block_m rows at a time."""
     widest = max(block(size), block(value_size))
     if element_size == 4:
-        return Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1)
-    if arch in ("sm_90", "sm_100"):
-        if widest > 128:
-            return Config(64, 32, 32, 8, 1), Config(32, 64, 32, 8, 1)
-        return Config(64, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)
+        return Config(16, 16, 16, 8, 1), Config(16, 16, 16, 8, 1)
     if widest > 128:
         return Config(32, 16, 16, 4, 1), Config(16, 32, 16, 4, 1)
+    if arch in ("sm_90", "sm_100"):
+        if widest <= 64:
+            return Config(64, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)
+        if rotated:
+            return Config(64, 32, 16, 8, 2), Config(16, 64, 32, 8, 1)
+        return Config(64, 64, 32, 8, 2), Config(32, 64, 32, 8, 1)
     return Config(64, 32, 32, 4, 2), Config(32, 64, 32, 4, 2)

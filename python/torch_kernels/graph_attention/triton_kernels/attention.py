@@ -17,7 +17,7 @@ import triton.language as tl
 from torch_kernels._triton import architecture, on_device
 from torch_kernels.graph_attention import heuristics
 
-from .rotation import load_turned, load_turned_half, pair_columns, tables, turn_of
+from .rotation import pair_columns, store_turned, tables, turn_of
 from .schedule import (
     FULL_BEFORE,
     FULL_INDEX,
@@ -170,7 +170,7 @@ def pick(values, first, until, tile):
     do_not_specialize=["capacity", "key_tokens", "pages", "list_stride", "table_stride", "partial_capacity", "tokens"]
 )
 def graph_attention_kernel(
-    out, lse, partial_out, partial_lse, q, k, v, items, records, lists, turns, deltas, block_table,
+    out, lse, partial_out, partial_lse, q, k, v, items, records, lists, turns, deltas, turned, block_table,
     scale, tokens, key_tokens, pages, list_stride, table_stride, partial_capacity, kv_heads,
     out_stride_t, out_stride_h, q_stride_t, q_stride_h, k_stride_p, k_stride_t, k_stride_h,
     v_stride_p, v_stride_t, v_stride_h,
@@ -179,7 +179,8 @@ def graph_attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (items * key/value heads). PAGE = 0: keys are packed. CHUNK = 0: the whole head size in one product."""
+    """Grid (items * key/value heads). PAGE = 0: keys are packed. CHUNK = 0: the whole head size in one product; then
+    `turned` has room for each program's queries."""
     item = tl.program_id(0) // kv_heads
     head = (tl.program_id(0) % kv_heads).to(tl.int64)
     if item >= tl.load(items):
@@ -224,7 +225,9 @@ def graph_attention_kernel(
     peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     special = 0
-    HALVES: tl.constexpr = ROPE and not INTERLEAVED
+    OWN_ROWS: tl.constexpr = ROPE and CHUNK == 0
+    if OWN_ROWS:
+        turned += tl.program_id(0).to(tl.int64) * BLOCK_M * D
     column = tl.arange(0, BLOCK_N)
     tail_column = tl.arange(0, BLOCK_T)
 
@@ -253,18 +256,19 @@ def graph_attention_kernel(
             t_begin, t_end, t_source = tail_begin, tail_end, 0
             t_source_end = tl.load(lists + TAIL_INDEX * list_stride + edges)
         if CHUNK == 0:
-            if HALVES:
-                q_tile = load_turned_half(q, q_offset, exists, token, turns, delta, D, BLOCK_D, False)
-                tl.debug_barrier()  # not both at once, for want of registers
-                q_second = load_turned_half(q, q_offset, exists, token, turns, delta, D, BLOCK_D, True)
-                if NEGATE:
-                    q_second = -q_second
-            elif ROPE:
-                q_tile = load_turned(q, q_offset, exists, token, turns, delta, D, BLOCK_M, BLOCK_D, INTERLEAVED)
+            if ROPE:
+                # The rows again, from the tile as it is loaded here: they occupy no registers during the loops.
+                mine = tl.load(items + 3 + item * 2) // MAX_SPLITS * BLOCK_M + tl.arange(0, BLOCK_M)
+                store_turned(
+                    turned, q, (q_begin + mine // GROUP) * q_stride_t + (head * GROUP + mine % GROUP) * q_stride_h,
+                    mine // GROUP < q_len, mine // GROUP, turns, delta, D, BLOCK_M, INTERLEAVED, NEGATE, False,
+                )  # fmt: skip
+                own_row = tl.arange(0, BLOCK_M) * D
+                q_tile = load_keys(turned, own_row, own_row >= 0, D, BLOCK_D, False)
             else:
                 q_tile = load_keys(q, q_offset, exists, D, BLOCK_D, True)
-            if NEGATE:
-                q_tile = -q_tile
+                if NEGATE:
+                    q_tile = -q_tile
 
         # Whole tiles, those of SOURCES sources at a time; the last of them are the own segment's.
         for block in range(0, tl.maximum(tl.cdiv(source_end - source, SOURCES), 1)):
@@ -300,14 +304,8 @@ def graph_attention_kernel(
                     k_offset = column * k_stride_t
                     v_offset = column * v_stride_t
                 if CHUNK == 0:
-                    if HALVES:
-                        k_tile = load_keys(k_base, k_offset, found, D // 2, BLOCK_D // 2, PAGE > 0)
-                        scores = tl.dot(q_tile, tl.trans(k_tile))
-                        k_tile = load_keys(k_base + D // 2, k_offset, found, D // 2, BLOCK_D // 2, PAGE > 0)
-                        scores = tl.dot(q_second, tl.trans(k_tile), scores)
-                    else:
-                        k_tile = load_keys(k_base, k_offset, found, D, BLOCK_D, PAGE > 0)
-                        scores = tl.dot(q_tile, tl.trans(k_tile))
+                    k_tile = load_keys(k_base, k_offset, found, D, BLOCK_D, PAGE > 0)
+                    scores = tl.dot(q_tile, tl.trans(k_tile))
                 else:
                     scores = dot_in_chunks(
                         q, q_offset, exists, token, turns, delta, k_base, k_offset, found, D, CHUNK, ROPE, INTERLEAVED,
@@ -348,14 +346,8 @@ def graph_attention_kernel(
                     at, at_segment, wanted, block_table, table_stride, pages, v_stride_p, v_stride_t, PAGE
                 )  # fmt: skip
                 if CHUNK == 0:
-                    if HALVES:
-                        k_tile = load_keys(k, k_offset, found, D // 2, BLOCK_D // 2, True)
-                        scores = tl.dot(q_tile, tl.trans(k_tile))
-                        k_tile = load_keys(k + D // 2, k_offset, found, D // 2, BLOCK_D // 2, True)
-                        scores = tl.dot(q_second, tl.trans(k_tile), scores)
-                    else:
-                        k_tile = load_keys(k, k_offset, found, D, BLOCK_D, True)
-                        scores = tl.dot(q_tile, tl.trans(k_tile))
+                    k_tile = load_keys(k, k_offset, found, D, BLOCK_D, True)
+                    scores = tl.dot(q_tile, tl.trans(k_tile))
                 else:
                     scores = dot_in_chunks(
                         q, q_offset, exists, token, turns, delta, k, k_offset, found, D, CHUNK, ROPE, INTERLEAVED,
@@ -543,8 +535,10 @@ def graph_attention(
             q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment, edge_start, tokens, key_tokens, paged,
             group, kv_heads, value_size, config,
         )  # fmt: skip
-        turns = deltas = None
+        turns = deltas = turned = None
         if inv_freq is not None:
+            if config.chunk == 0:
+                turned = torch.empty(plan.capacity * kv_heads, config.block_m, size, dtype=q.dtype, device=q.device)
             turns, deltas = tables(
                 plan.records, plan.lists, inv_freq.contiguous(), q_start, edge_start, own_start, tokens, plan.edges,
                 size,
@@ -555,7 +549,8 @@ def graph_attention(
             partial_out = torch.empty(kv_heads, plan.partial_capacity, value_size, dtype=torch.float32, device=q.device)
             partial_lse = torch.empty(kv_heads, plan.partial_capacity, dtype=torch.float32, device=q.device)
         graph_attention_kernel[(plan.capacity * kv_heads,)](
-            out, lse, partial_out, partial_lse, q, k, v, plan.items, plan.records, plan.lists, turns, deltas, table,
+            out, lse, partial_out, partial_lse, q, k, v, plan.items, plan.records, plan.lists, turns, deltas, turned,
+            table,
             max(abs(scale) * LOG2E.value, 1e-30),  # with a scale of 0, -inf must stay -inf
             tokens, key_tokens, k.shape[0], plan.list_stride, table.stride(0) if paged else 0, plan.partial_capacity,
             kv_heads, *out.stride()[:2], *q.stride()[:2], *key_strides,
@@ -583,10 +578,11 @@ def _aot_case(name, arch, *, dtype, size, value_size=None, group=4, page=0, rope
         "STAGES": config.num_stages, "TAIL_STAGES": min(config.num_stages, 2),
     }  # fmt: skip
     signature = dict.fromkeys(graph_attention_kernel.arg_names, "i32")
-    signature |= dict.fromkeys(("out", "q", "k", "v"), dtype)
+    signature |= dict.fromkeys(("out", "q", "k", "v", "turned"), dtype)
     signature |= dict.fromkeys(("lse", "partial_out", "partial_lse", "turns", "deltas"), "*fp32")
     signature |= dict.fromkeys(("items", "records", "lists", "block_table"), "*i32") | {"scale": "fp32"}
     absent = {"partial_out": split, "partial_lse": split, "turns": rope, "deltas": rope, "block_table": page > 0}
+    absent |= {"turned": rope and config.chunk == 0}
     constants |= {argument: None for argument, given in absent.items() if not given}
     signature = {argument: kind for argument, kind in signature.items() if argument not in constants}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -27,7 +27,7 @@ from .attention import (
     load_sources,
     pick,
 )  # fmt: skip
-from .rotation import pair_columns, tables, turn_of
+from .rotation import pair_columns, store_turned, tables, turn_of
 from .schedule import (
     EDGE_READERS,
     FULL_BEFORE,
@@ -138,7 +138,7 @@ def load_key_halves(
 
 @triton.jit(do_not_specialize=["key_tokens", "list_stride", "tokens"])
 def query_gradient_kernel(
-    grad_q, grad_out, q, k, v, lse, delta, items, records, lists, turns, deltas,
+    grad_q, grad_out, q, k, v, lse, delta, items, records, lists, turns, deltas, turned,
     scale, score_scale, tokens, key_tokens, list_stride, kv_heads,
     gq_stride_t, gq_stride_h, go_stride_t, go_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
     v_stride_t, v_stride_h,
@@ -146,7 +146,7 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (items * key/value heads); the walk is that of graph_attention_kernel."""
+    """Grid (items * key/value heads); the walk is that of graph_attention_kernel, and so is `turned`."""
     item = tl.program_id(0) // kv_heads
     head = (tl.program_id(0) % kv_heads).to(tl.int64)
     if item >= tl.load(items):
@@ -164,6 +164,7 @@ def query_gradient_kernel(
     lists += tl.load(record + LISTS).to(tl.int64)
     if ROPE:
         deltas += tl.load(record + LISTS).to(tl.int64) * D
+        turned += tl.program_id(0).to(tl.int64) * BLOCK_M * D
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
@@ -213,16 +214,26 @@ def query_gradient_kernel(
                 s_before = tl.load(here - D + D // 2 + pair, mask=pair < D // 2, other=0.0)[None, :]
                 by_c = c * c_before + s * s_before
                 by_s = s * c_before - c * s_before
-                turned = grad_a * by_c - grad_b * by_s
+                new_a = grad_a * by_c - grad_b * by_s
                 grad_b = grad_a * by_s + grad_b * by_c
-                grad_a = turned
+                grad_a = new_a
         else:
             here = deltas
             edges = tl.load(lists + GROUP_FIRST * list_stride + groups)
             begin, end, source, source_end = 0, all_full, 0, tl.load(lists + FULL_INDEX * list_stride + edges)
             t_begin, t_end, t_source = 0, all_tail, 0
             t_source_end = tl.load(lists + TAIL_INDEX * list_stride + edges)
-        q_a, q_b = load_halves(q, q_offset, exists, token, turns, here, D, BLOCK_D, ROPE, INTERLEAVED)
+        if ROPE:
+            # The rows again, from the tile as it is loaded here: they occupy no registers during the loops.
+            mine = tl.load(items + 3 + item * 2) // MAX_SPLITS * BLOCK_M + tl.arange(0, BLOCK_M)
+            store_turned(
+                turned, q, (q_begin + mine // GROUP) * q_stride_t + (head * GROUP + mine % GROUP) * q_stride_h,
+                mine // GROUP < q_len, mine // GROUP, turns, here, D, BLOCK_M, INTERLEAVED, False, True,
+            )  # fmt: skip
+            own_row = tl.arange(0, BLOCK_M) * D
+            q_a, q_b = load_key_halves(turned, own_row, own_row >= 0, D, BLOCK_D, False, False)
+        else:
+            q_a, q_b = load_key_halves(q, q_offset, exists, D, BLOCK_D, INTERLEAVED, True)
 
         for block in range(0, tl.maximum(tl.cdiv(source_end - source, SOURCES), 1)):
             first_source = source + block * SOURCES
@@ -272,11 +283,17 @@ def query_gradient_kernel(
                     q_a, q_b, grad, row_lse, row_delta, k_a, k_b, v_tile, visible, grad_a, grad_b, scale, True
                 )  # fmt: skip
 
+    # The rows again, loaded anew.
+    tl.debug_barrier()
+    row = tl.load(items + 3 + item * 2) // MAX_SPLITS * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = row // GROUP
+    exists = token < q_len
+    query_head = head * GROUP + row % GROUP
     if ROPE:
         c, s = turn_of(token, exists, turns, deltas + groups.to(tl.int64) * D, pair, D)
-        turned = grad_a * c + grad_b * s
+        new_a = grad_a * c + grad_b * s
         grad_b = grad_b * c - grad_a * s
-        grad_a = turned
+        grad_a = new_a
     first, second = pair_columns(pair, D, INTERLEAVED)
     mask = exists[:, None] & (pair < D // 2)[None, :]
     to = grad_q + ((q_begin + token) * gq_stride_t + query_head * gq_stride_h)[:, None]
@@ -359,6 +376,11 @@ def key_gradient_kernel(
             grad_a = tl.dot(change, q_a, grad_a, input_precision="ieee")
             grad_b = tl.dot(change, q_b, grad_b, input_precision="ieee")
 
+    # The keys again, loaded anew: they occupy no registers during the loops.
+    tl.debug_barrier()
+    key = tl.load(items + 3 + item * 2) // MAX_SPLITS * BLOCK_K + tl.arange(0, BLOCK_K)
+    present = key < key_len
+    position = tl.load(record + KEY_BEGIN).to(tl.int64) + key
     pair = tl.arange(0, BLOCK_D // 2)
     first, second = pair_columns(pair, D, INTERLEAVED)
     mask = present[:, None] & (pair < D // 2)[None, :]
@@ -379,7 +401,9 @@ def graph_attention_backward(
     group = query_heads // kv_heads
     segments, key_segments = own_segment.shape[0], kv_offsets.shape[0] - 1
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
-    choice = heuristics.backward_configs(size, value_size, q.element_size(), architecture(q.device))
+    choice = heuristics.backward_configs(
+        size, value_size, q.element_size(), inv_freq is not None, architecture(q.device)
+    )
     config, key_config = config or choice[0], key_config or choice[1]
     grad_out, q, k, v, out, lse = map(last_stride_one, (grad_out, q, k, v, out, lse))
     lse = lse.contiguous()
@@ -411,8 +435,9 @@ def graph_attention_backward(
             q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment, edge_start, tokens, key_tokens, False,
             group, kv_heads, value_size, config, True,
         )  # fmt: skip
-        turns = deltas = None
+        turns = deltas = turned = None
         if rope:
+            turned = torch.empty(plan.capacity * kv_heads, config.block_m, size, dtype=q.dtype, device=device)
             turns, deltas = tables(
                 plan.records, plan.lists, inv_freq.contiguous(), q_start, edge_start, own_start, tokens, plan.edges,
                 size,
@@ -423,7 +448,7 @@ def graph_attention_backward(
             DV=value_size, BLOCK_DV=heuristics.block(value_size), ROWS=DELTA_ROWS, num_warps=4,
         )  # fmt: skip
         query_gradient_kernel[(plan.capacity * kv_heads,)](
-            grad_q, grad_out, q, k, v, lse, delta, plan.items, plan.records, plan.lists, turns, deltas,
+            grad_q, grad_out, q, k, v, lse, delta, plan.items, plan.records, plan.lists, turns, deltas, turned,
             scale * LOG2E.value, scale, tokens, key_tokens, plan.list_stride, kv_heads,
             *grad_q.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             **constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
@@ -451,20 +476,20 @@ def graph_attention_backward(
 
 def _aot_case(kernel, name, arch, *, dtype, size, group=4, rope=False, config=None):
     which = 0 if kernel is query_gradient_kernel else 1
-    config = config or heuristics.backward_configs(size, size, 4 if dtype == "*fp32" else 2, arch)[which]
+    config = config or heuristics.backward_configs(size, size, 4 if dtype == "*fp32" else 2, rope, arch)[which]
     tiles = {"BLOCK_N": config.block_n, "BLOCK_T": config.block_t} if which == 0 else {"BLOCK_K": config.block_n}
     constants = {
         "GROUP": group, "D": size, "DV": size, "ROPE": rope, "INTERLEAVED": False, "BLOCK_M": config.block_m,
         "BLOCK_D": heuristics.block(size), "BLOCK_DV": heuristics.block(size), "STAGES": config.num_stages,
     } | tiles  # fmt: skip
     signature = dict.fromkeys(kernel.arg_names, "i32")
-    pointers = {name: dtype for name in ("grad_q", "grad_k", "grad_v", "grad_out", "q", "k", "v")}
+    pointers = {name: dtype for name in ("grad_q", "grad_k", "grad_v", "grad_out", "q", "k", "v", "turned")}
     pointers |= dict.fromkeys(("lse", "delta", "turns", "deltas"), "*fp32")
     pointers |= dict.fromkeys(("items", "records", "lists", "key_records", "readers"), "*i32")
     signature |= {name: kind for name, kind in pointers.items() if name in signature}
     signature |= {"scale": "fp32", "score_scale": "fp32"}
     if not rope:
-        constants |= {"turns": None, "deltas": None}
+        constants |= {name: None for name in ("turns", "deltas", "turned") if name in signature}
     signature = {argument: kind for argument, kind in signature.items() if argument not in constants}
     return name, kernel, signature, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
 

@@ -45,35 +45,6 @@ def pair_columns(pair, SIZE: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(SIZE: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr):
-    """Which columns of a head a tile of BLOCK columns holds. HALVES: each half of the head in one half of the tile."""
-    column = tl.arange(0, BLOCK)
-    inside = column < SIZE
-    if HALVES and SIZE < BLOCK:
-        pair = column % (BLOCK // 2)
-        inside = pair < SIZE // 2
-        column = column // (BLOCK // 2) * (SIZE // 2) + pair
-    return column, inside
-
-
-@triton.jit
-def split_pairs(x, ROWS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    if INTERLEAVED:
-        pairs = tl.reshape(x, (ROWS, BLOCK // 2, 2))
-    else:
-        pairs = tl.permute(tl.reshape(x, (ROWS, 2, BLOCK // 2)), (0, 2, 1))
-    return tl.split(pairs)
-
-
-@triton.jit
-def join_pairs(a, b, ROWS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    pairs = tl.join(a, b)
-    if not INTERLEAVED:
-        pairs = tl.permute(pairs, (0, 2, 1))
-    return tl.reshape(pairs, (ROWS, BLOCK))
-
-
-@triton.jit
 def turn_of(token, exists, turns, delta, pair, SIZE: tl.constexpr):
     """Cosines and sines for the tokens (rows) and pairs of columns; `delta` is a row of the table of deltas."""
     inside = pair < SIZE // 2
@@ -88,38 +59,36 @@ def turn_of(token, exists, turns, delta, pair, SIZE: tl.constexpr):
     return c * delta_c - s * delta_s, s * delta_c + c * delta_s
 
 
+TURNED_PAIRS = tl.constexpr(16)  # at a time
+
+
 @triton.jit
-def load_turned(
-    q, offset, exists, token, turns, delta,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+def store_turned(
+    turned, q, offset, exists, token, turns, delta,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, NEGATE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries, turned, rounded once."""
-    pair = tl.arange(0, BLOCK // 2)
-    first, second = pair_columns(pair, SIZE, INTERLEAVED)
-    mask = exists[:, None] & (pair < SIZE // 2)[None, :]
-    a = tl.load(q + offset[:, None] + first[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(q + offset[:, None] + second[None, :], mask=mask, other=0.0).to(tl.float32)
-    c, s = turn_of(token, exists, turns, delta, pair, SIZE)
-    x = (a * c - b * s).to(q.dtype.element_ty)
-    y = (a * s + b * c).to(q.dtype.element_ty)
-    return join_pairs(x, y, ROWS, BLOCK, INTERLEAVED)
-
-
-@triton.jit
-def load_turned_half(
-    q, offset, exists, token, turns, delta, SIZE: tl.constexpr, BLOCK: tl.constexpr, SECOND: tl.constexpr
-):
-    """The first or second half of the columns of turned queries."""
-    pair = tl.arange(0, BLOCK // 2)
-    mask = exists[:, None] & (pair < SIZE // 2)[None, :]
-    c, s = turn_of(token, exists, turns, delta, pair, SIZE)
-    a = tl.load(q + offset[:, None] + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(q + offset[:, None] + (pair + SIZE // 2)[None, :], mask=mask, other=0.0).to(tl.float32)
-    if SECOND:
-        half = a * s + b * c
-    else:
-        half = a * c - b * s
-    return half.to(q.dtype.element_ty)
+    """Writes a tile of queries, turned and rounded once, to rows of SIZE elements that only this program uses: a few
+    columns at a time, for want of registers. APART: the first elements of all pairs, then the second."""
+    tl.debug_barrier()  # what was there has been read
+    to = turned + (tl.arange(0, ROWS) * SIZE)[:, None]
+    # The grid has one dimension: an end that the compiler does not know, lest it unrolls and loads all at once.
+    for low in tl.range(0, SIZE // 2 + tl.program_id(1), TURNED_PAIRS, num_stages=1):
+        pair = low + tl.arange(0, TURNED_PAIRS)
+        inside = (pair < SIZE // 2)[None, :]
+        first, second = pair_columns(pair, SIZE, INTERLEAVED)
+        a = tl.load(q + offset[:, None] + first[None, :], mask=exists[:, None] & inside, other=0.0).to(tl.float32)
+        b = tl.load(q + offset[:, None] + second[None, :], mask=exists[:, None] & inside, other=0.0).to(tl.float32)
+        c, s = turn_of(token, exists, turns, delta, pair, SIZE)
+        x = a * c - b * s
+        y = a * s + b * c
+        if NEGATE:
+            x = -x
+            y = -y
+        if APART:
+            first, second = pair_columns(pair, SIZE, False)
+        tl.store(to + first[None, :], x.to(q.dtype.element_ty), mask=inside)
+        tl.store(to + second[None, :], y.to(q.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["segments", "query_tokens"])
