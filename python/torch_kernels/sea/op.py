@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks
-from torch_kernels._registry import Backend, Op
+from torch_kernels._registry import Backend, Op, native, unit_stride
 from torch_kernels.sea import reference
 
 MAX_HEAD_SIZE = 256
@@ -20,8 +21,22 @@ MAX_CELLS = 1 << 20  # of a row and head, so that boundaries are exact in 64 bit
 ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# What serves an op on a GPU: gathers and bit tricks are CUDA C++, dense tiles and streams Triton.
+IN_CUDA = ("sea_select", "sea_attention")
+IN_TRITON = ()
+
+
 def _backends(name: str) -> tuple[Backend, ...]:
-    return (Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),)
+    def triton() -> Callable[..., Any]:
+        return getattr(importlib.import_module("torch_kernels.sea.triton_kernels"), name)
+
+    cuda = [Backend(kind, native(kind, name), ON_GPU, accepts=unit_stride) for kind in ("cuda", "emulator")]
+    return (
+        *(cuda[:1] if name in IN_CUDA else ()),
+        *((Backend("triton", triton, ON_GPU, unit_stride),) if name in IN_TRITON else ()),
+        *(cuda[1:] if name in IN_CUDA else ()),
+        Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
+    )
 
 
 def _op(
