@@ -13,7 +13,7 @@ void bind_sea(nb::module_& module) {
   });
   module.def("sea_attention",
              [](const Argument& out, const Argument& lse, const Argument& q, const Argument& k, const Argument& v,
-                const Argument& cells, const Argument& widths, int num_cells, std::optional<double> scale,
+                const Argument& cells, const Argument& widths, int64_t num_cells, std::optional<double> scale,
                 int64_t max_columns_per_cell, const Argument& row_gain, const Argument& mix, const Argument& pooled) {
                run(TORCH_KERNELS_BACKEND::sea_attention, q,
                    SeaAttentionParams{.out = out,
@@ -24,7 +24,7 @@ void bind_sea(nb::module_& module) {
                                       .cells = cells,
                                       .widths = widths,
                                       .num_cells = num_cells,
-                                      .max_columns_per_cell = max_columns_per_cell,
+                                      .max_columns = max_columns_per_cell,
                                       .row_gain = row_gain,
                                       .mix = mix,
                                       .pooled = pooled,

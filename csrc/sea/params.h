@@ -22,11 +22,11 @@ struct SeaAttentionParams {
   Tensor v;       // [B, Tk, H, Dv]
   Tensor cells;   // [B, Tq, words], int32
   Tensor widths;  // [B, Tq]
-  int num_cells;
-  int64_t max_columns_per_cell;  // 0: no limit
-  Tensor row_gain;               // [B, H, Tq], q's dtype or float32; absent: 1
-  Tensor mix;                    // [B, H, Tq], q's dtype or float32; absent: 1
-  Tensor pooled;                 // [B, Tq or 1, H, Dv], q's dtype; given with mix
+  int64_t num_cells;
+  int64_t max_columns;  // that a cell keeps; 0: all
+  Tensor row_gain;      // [B, H, Tq], q's dtype or float32; absent: 1
+  Tensor mix;           // [B, H, Tq], q's dtype or float32; absent: 1
+  Tensor pooled;        // [B, Tq or 1, H, Dv], q's dtype; given with mix
   double scale;
 };
 

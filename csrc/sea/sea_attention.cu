@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_kernel(SeaAttentionPara
   Pack<T, kLane> query;
   query.load(p.q.at<const T>(batch, row, head) + first, key_part, aligned);
   GroupState state;
-  ColumnLists lists(p.cells, p.widths, batch, row, head, p.num_cells, p.max_columns_per_cell, p.k.size[1]);
+  ColumnLists lists(p.cells, p.widths, batch, row, head, int(p.num_cells), p.max_columns, p.k.size[1]);
   bool empty = true;
   for (int count = lists.next(); count > 0; count = lists.next()) {
     empty = false;

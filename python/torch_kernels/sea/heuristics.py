@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes of the Triton kernels, and which GPU kernel serves sparse attention.
+
+Tiles follow from sizes of the call's rows and heads, dtype and architecture, never from the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Query rows up to which each is worth a block of its own, which reads exactly the columns that it keeps.
+FEW_ROWS = 8
+
+# Architectures whose tensor cores take operands from shared memory; on others they take registers.
+LARGE_TILES = ("sm_90", "sm_100")
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a product's tile, and launch options."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """The next, and at least so much."""
+    return max(1 << max(size - 1, 0).bit_length(), least)
+
+
+def head_chunk(size: int, element_size: int) -> int:
+    """How much of the head size one product takes: all of it on tensor cores."""
+    return min(power_of_two(size), 32) if element_size == 4 else power_of_two(size)
+
+
+def attention_tile(rows: int, size: int, element_size: int, arch: str) -> Tile:
+    """Of sparse attention, for the larger head size."""
+    size, rows = power_of_two(size), power_of_two(rows)
+    if element_size == 4:
+        return Tile(min(rows, 16), 32, 4 if size <= 128 else 8, 1)
+    if arch in LARGE_TILES:
+        return Tile(min(rows, 64), 64 if size <= 128 else 32, 4 if size <= 64 or rows < 64 else 8, 2)
+    return Tile(min(rows, 64 if size <= 128 else 32), 32, 4 if size <= 64 or rows < 64 else 8, 2)

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SEA in Triton.
+
+Launchers take the outputs first and then all arguments of the op's schema in order. ``aot_cases(arch)`` lists kernel
+instances (name, kernel, signature, constants, options) that the tests compile ahead of time for sm_80 .. sm_120 and
+gfx942.
+"""
+
+from .aot import aot_cases
+from .attention import sea_attention
+
+__all__ = ["aot_cases", "sea_attention"]
