@@ -42,3 +42,21 @@ def attention_tile(rows: int, size: int, element_size: int, arch: str) -> Tile:
     if arch in LARGE_TILES:
         return Tile(min(rows, 64), 64 if size <= 128 else 32, 4 if size <= 64 or rows < 64 else 8, 2)
     return Tile(min(rows, 64 if size <= 128 else 32), 32, 4 if size <= 64 or rows < 64 else 8, 2)
+
+
+def features_tile(element_size: int, arch: str) -> Tile:
+    """Of a product with projections of this size."""
+    if element_size == 4:
+        return Tile(64, 32, 4, 1)
+    return Tile(128 if arch in LARGE_TILES else 64, 64, 4, 2)
+
+
+# Tokens whose states are summed together, before which the linear attention of a token finds a state.
+SPAN = 256
+
+
+def linear_tile(element_size: int, columns: int, arch: str) -> Tile:
+    """Of linear attention: tokens, and columns of the output."""
+    if element_size == 4:
+        return Tile(32, min(power_of_two(columns), 32), 4, 1)
+    return Tile(64, min(power_of_two(columns), 128 if arch in LARGE_TILES else 64), 4, 2)

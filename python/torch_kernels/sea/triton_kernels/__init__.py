@@ -8,5 +8,13 @@ gfx942.
 
 from .aot import aot_cases
 from .attention import sea_attention
+from .features import favor_features
+from .linear import linear_attention, linear_attention_backward
 
-__all__ = ["aot_cases", "sea_attention"]
+__all__ = [
+    "aot_cases",
+    "favor_features",
+    "linear_attention",
+    "linear_attention_backward",
+    "sea_attention",
+]
