@@ -23,7 +23,13 @@ ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 
 # What serves an op on a GPU: gathers and bit tricks are CUDA C++, dense tiles and streams Triton.
 IN_CUDA = ("sea_select", "sea_attention")
-IN_TRITON = ("sea_attention", "favor_features", "linear_attention", "linear_attention_backward")
+IN_TRITON = (
+    "sea_attention",
+    "sea_attention_backward",
+    "favor_features",
+    "linear_attention",
+    "linear_attention_backward",
+)
 
 
 def _backends(name: str) -> tuple[Backend, ...]:

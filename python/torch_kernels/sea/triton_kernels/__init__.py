@@ -8,6 +8,7 @@ gfx942.
 
 from .aot import aot_cases
 from .attention import sea_attention
+from .attention_backward import sea_attention_backward
 from .features import favor_features
 from .linear import linear_attention, linear_attention_backward
 
@@ -17,4 +18,5 @@ __all__ = [
     "linear_attention",
     "linear_attention_backward",
     "sea_attention",
+    "sea_attention_backward",
 ]

@@ -1,31 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instances of this family's kernels that the tests compile ahead of time."""
 
-from ..heuristics import attention_tile
+from ..heuristics import SPAN, attention_backward_tile, attention_tile, features_tile, linear_tile
 from .attention import attention_kernel, head_blocks
+from .attention_backward import key_gradient_kernel, query_gradient_kernel, summary_kernel
+from .features import features_kernel
+from .linear import SCAN_BLOCK, attend_kernel, scan_kernel, states_kernel
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-FLOAT32 = ("lse", "row_gain", "mix")
-INTEGERS = ("cells", "widths")
+CELLS = {"CELLS": 256, "WORDS": 96}
+TENSORS = ("out", "q", "k", "v", "pooled", "grad_q", "grad_k", "grad_v", "grad_pooled", "g", "x", "proj", "a", "b", "c")
+FLOAT32 = (
+    "lse", "row_gain", "mix", "grad_row_gain", "grad_mix", "along", "states", "norms", "final", "initial", "state",
+    "norm", "factor", "weight", "row_factor", "row_weight", "column_factor", "column_weight", "inverses", "dots",
+)  # fmt: skip
+INTEGERS = ("cells", "widths", "counts", "extents")
 
 
-def _case(name, kernel, kind, constants, absent=(), tile=None):
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"} | dict.fromkeys(FLOAT32, "*fp32")
-    signature |= dict.fromkeys(INTEGERS, "*i32")
-    signature |= dict.fromkeys(("out", "q", "k", "v", "pooled"), f"*{kind}")
-    options = {}
-    if tile:
-        constants = constants | {"M": tile.rows, "N": tile.columns}
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+def _case(name, kernel, kind, constants, absent=(), options=None, types=None):
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(FLOAT32, "*fp32") | {"scale": "fp32"}
+    signature |= dict.fromkeys(INTEGERS, "*i32") | dict.fromkeys((*TENSORS, "partner"), f"*{kind}")
+    signature |= {"eps": "fp32", "shift": "*fp32"} | (types or {})
     signature = {argument: signature[argument] for argument in kernel.arg_names}
-    return name, kernel, signature, constants | dict.fromkeys(absent), options
+    return name, kernel, signature, constants | dict.fromkeys(absent), options or {}
+
+
+def _options(tile):
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def _sparse(name, kernel, kind, size, value_size, tile, clip=False, absent=()):
+    sizes = CELLS | head_blocks(size, value_size, BYTES[kind]) | {"CLIP": clip, "M": tile.rows, "N": tile.columns}
+    return _case(f"{name}_{kind}_{size}x{value_size}{'_clip' * clip}", kernel, kind, sizes, absent, _options(tile))
 
 
 def _attention(arch, kind, size, value_size, rows=4096, clip=False, gates=True):
     tile = attention_tile(rows, max(size, value_size), BYTES[kind], arch)
-    constants = {"CELLS": 256, "WORDS": 96, "CLIP": clip} | head_blocks(size, value_size, BYTES[kind])
-    name = f"attention_{kind}_{size}x{value_size}{'_few' * (rows < 64)}{'_clip' * clip}"
-    return _case(name, attention_kernel, kind, constants, () if gates else ("row_gain", "mix", "pooled"), tile)
+    name = "attention_few" if rows < 64 else "attention"
+    absent = () if gates else ("row_gain", "mix", "pooled")
+    return _sparse(name, attention_kernel, kind, size, value_size, tile, clip, absent)
+
+
+def _backward(arch, kernel, kind, size, value_size, clip=False, gates=True):
+    tile = attention_backward_tile(max(size, value_size), BYTES[kind], arch)
+    absent = ("row_gain", "mix", "pooled", "grad_row_gain", "grad_mix", "grad_pooled")
+    absent = () if gates else tuple(name for name in absent if name in kernel.arg_names)
+    return _sparse(kernel.__name__.removesuffix("_kernel"), kernel, kind, size, value_size, tile, clip, absent)
+
+
+def _features(arch, kind, proj, exponential):
+    tile = features_tile(BYTES[proj], arch)
+    sizes = {"D": 64, "EXPONENTIAL": exponential, "M": tile.rows, "N": tile.columns, "CHUNK": 32}
+    types = {"proj": f"*{proj}", "factor": "fp32"}
+    name = f"features_{'exp' if exponential else 'relu'}_{kind}_{proj}"
+    return _case(name, features_kernel, kind, sizes, () if exponential else ("shift",), _options(tile), types)
+
+
+def _linear(arch, kind, columns, mode):
+    """mode: which of the products with states."""
+    tile = linear_tile(BYTES[kind], columns, arch)
+    factors = ("row_factor", "row_weight", "column_factor", "column_weight")
+    absent = {
+        "out": (*factors, "inverses", "dots", "partner"),
+        "inverses": (*factors, "out"),
+        "grad_q": ("column_factor", "column_weight", "inverses", "dots", "partner"),
+        "grad_k": ("row_factor", "row_weight", "inverses", "dots", "partner"),
+        "grad_v": ("row_factor", "row_weight", "column_weight", "norm", "inverses", "dots", "partner"),
+    }[mode]
+    sizes = {
+        "DIVIDE": mode in ("out", "inverses"), "REVERSE": mode in ("grad_k", "grad_v"),
+        "TRANSPOSED": mode in ("grad_q", "grad_k"), "CAUSAL": True, "SPAN": SPAN, "T": tile.rows, "V": tile.columns,
+    }  # fmt: skip
+    return _case(f"linear_{mode}_{kind}_{columns}", attend_kernel, kind, sizes, absent, _options(tile))
+
+
+def _states(arch, kind, columns, factors=False):
+    tile = linear_tile(BYTES[kind], columns, arch)
+    sizes = {"SPAN": SPAN, "T": tile.rows, "F": tile.rows, "V": tile.columns}
+    absent = () if factors else ("factor", "weight")
+    name = f"states_{kind}_{columns}{'_factors' * factors}"
+    return _case(name, states_kernel, kind, sizes, absent, _options(tile))
 
 
 def aot_cases(arch: str):
@@ -36,4 +90,24 @@ def aot_cases(arch: str):
         _attention(arch, "bf16", 128, 128, rows=16),
         _attention(arch, "fp32", 64, 64),
         _attention(arch, "fp32", 256, 256),
+        _backward(arch, query_gradient_kernel, "bf16", 64, 64),
+        _backward(arch, query_gradient_kernel, "bf16", 128, 128, clip=True),
+        _backward(arch, query_gradient_kernel, "bf16", 256, 256, gates=False),
+        _backward(arch, query_gradient_kernel, "fp32", 128, 128),
+        _backward(arch, key_gradient_kernel, "bf16", 64, 64),
+        _backward(arch, key_gradient_kernel, "bf16", 128, 128, clip=True),
+        _backward(arch, key_gradient_kernel, "bf16", 256, 256, gates=False),
+        _backward(arch, key_gradient_kernel, "fp32", 128, 128),
+        _case("summary", summary_kernel, "fp32", CELLS | {"M": 64}),
+        _features(arch, "bf16", "bf16", True),
+        _features(arch, "bf16", "fp32", False),
+        _linear(arch, "bf16", 128, "out"),
+        _linear(arch, "fp32", 64, "out"),
+        _linear(arch, "bf16", 128, "inverses"),
+        _linear(arch, "bf16", 272, "grad_q"),
+        _linear(arch, "bf16", 272, "grad_k"),
+        _linear(arch, "bf16", 128, "grad_v"),
+        _states(arch, "bf16", 128),
+        _states(arch, "bf16", 128, factors=True),
+        _case("scan", scan_kernel, "fp32", {"INCLUDING": False, "REVERSE": False, "BLOCK": SCAN_BLOCK}),
     ]

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from torch_kernels._triton import architecture, on_device
 
-from ..heuristics import attention_tile, head_chunk
+from ..heuristics import attention_tile, head_chunk, power_of_two
 from .cells import any_bits, boundary, cells_in_tile, cells_of_head, kept_columns, load_widths, lowest_bit
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -70,7 +70,7 @@ def _attend(
     if EXACT:
         d = tl.arange(0, BLOCK_DV)
         for step in range(tl.minimum(N, keys - start)):
-            at = (start + step).to(tl.int64)
+            at = tl.cast(start + step, tl.int64)
             seen = tl.max((kept & (tl.arange(0, N) == step)[None, :]).to(tl.int32), axis=1) > 0
             score = row_products(q, q_offset, exists, k + at * k_stride, D, 16) * score_scale
             score = tl.where(seen, score, -float("inf"))
@@ -129,8 +129,8 @@ def _walk(
                     words, head, sees, width, whole, rest, start, cells, limit, CELLS, WORDS, CLIP, N
                 )  # fmt: skip
                 acc, peak, total = _attend(
-                    q_tile, q, q_offset, exists, k, v, k_stride, v_stride, acc, peak, total, kept, start, keys, score_scale,
-                    D, DV, N, BLOCK_D, BLOCK_DV, CHUNK, EXACT,
+                    q_tile, q, q_offset, exists, k, v, k_stride, v_stride, acc, peak, total, kept, start, keys,
+                    score_scale, D, DV, N, BLOCK_D, BLOCK_DV, CHUNK, EXACT,
                 )  # fmt: skip
                 done = start + N
     return acc, peak, total
@@ -143,6 +143,7 @@ def attention_kernel(
     pooled_stride_b, pooled_stride_t, pooled_stride_h,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK_V: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, heads, batch). out, lse, cells, widths and gates are contiguous."""
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -196,10 +197,10 @@ def strides(x):
 
 
 def head_blocks(size: int, value_size: int, element_size: int) -> dict:
-    blocks = (max(triton.next_power_of_2(x), 16) for x in (size, value_size))
-    return dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (size, value_size, *blocks))) | {
-        "CHUNK": head_chunk(size, element_size)
-    }
+    return {
+        "D": size, "BLOCK_D": power_of_two(size), "CHUNK": head_chunk(size, element_size),
+        "DV": value_size, "BLOCK_DV": power_of_two(value_size), "CHUNK_V": head_chunk(value_size, element_size),
+    }  # fmt: skip
 
 
 def sea_attention(

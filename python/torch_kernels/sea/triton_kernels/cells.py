@@ -68,7 +68,7 @@ def _ones(count):
 
 
 @triton.jit
-def _near_cell(column, width, CELLS: tl.constexpr):
+def near_cell(column, width, CELLS: tl.constexpr):
     """The cell of a column, as a real number that is exact to 0.01."""
     return (column + 0.5) * CELLS / tl.maximum(width, 1).to(tl.float32)
 
@@ -76,7 +76,7 @@ def _near_cell(column, width, CELLS: tl.constexpr):
 @triton.jit
 def cells_in_tile(narrowest, CELLS: tl.constexpr, N: tl.constexpr):
     """How many cells, at most, a row of at least this width has in N columns."""
-    return tl.minimum(_near_cell(N, narrowest, CELLS) + 2.6, CELLS).to(tl.int32)
+    return tl.minimum(near_cell(N, narrowest, CELLS) + 2.6, CELLS).to(tl.int32)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def kept_columns(
     """[rows, N]: which columns from `start` on each row keeps. cells: from `cells_in_tile`; limit: columns that a cell
     gives at most, if CLIP."""
     column = tl.arange(0, N)
-    cell = tl.maximum(_near_cell(start, width, CELLS) - 0.25, 0.0).to(tl.int32)
+    cell = tl.maximum(near_cell(start, width, CELLS) - 0.25, 0.0).to(tl.int32)
     left = boundary(cell, whole, rest, CELLS) - start
     mask = _ones(tl.minimum(tl.maximum(left, 0), N)) * 0
     kept = (mask[:, None] + column[None, :]) < 0
