@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_kernel(SeaAttentionPara
   query.load(p.q.at<const T>(batch, row, head) + first, key_part, aligned);
   GroupState state;
   ColumnLists lists(p.cells, p.widths, batch, row, head, int(p.num_cells), p.max_columns, p.k.size[1]);
-  bool empty = true;
   for (int count = lists.next(); count > 0; count = lists.next()) {
-    empty = false;
     for (int entry = group; entry < count; entry += groups * kKeys) {
       Pack<T, kLane> k[kKeys], v[kKeys];
       float scores[kKeys];
@@ -99,6 +97,7 @@ __global__ void __launch_bounds__(kRowThreads) attention_kernel(SeaAttentionPara
     float2 other = states[i];
     sum += expf(other.x - shift) * other.y;
   }
+  const bool empty = sum == 0;
   if (threadIdx.x == 0) *p.lse.at<float>(batch, head, row) = empty ? -INFINITY : shift + logf(sum);
   const float gain = p.row_gain ? load_float(p.row_gain, batch, head, row) : 1.f;
   const float share = p.mix ? load_float(p.mix, batch, head, row) : 1.f;

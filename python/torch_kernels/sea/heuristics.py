@@ -44,14 +44,22 @@ def attention_tile(rows: int, size: int, element_size: int, arch: str) -> Tile:
     return Tile(min(rows, 64 if size <= 128 else 32), 32, 4 if size <= 64 or rows < 64 else 8, 2)
 
 
-def attention_backward_tile(size: int, element_size: int, arch: str) -> Tile:
-    """Of all kernels of the backward pass."""
+def query_gradient_tile(size: int, element_size: int, arch: str) -> Tile:
     size = power_of_two(size)
     if element_size == 4:
         return Tile(16, 16, 4 if size <= 128 else 8, 1)
     if arch in LARGE_TILES and size <= 128:
-        return Tile(64, 64, 4 if size <= 64 else 8, 1)
+        return Tile(64, 64 if size <= 64 else 32, 4 if size <= 64 else 8, 1)
     return Tile(32, 32, 4, 1)
+
+
+def key_gradient_tile(size: int, element_size: int, arch: str) -> Tile:
+    size = power_of_two(size)
+    if element_size == 4:
+        return Tile(16, 16, 4 if size <= 128 else 8, 1)
+    if arch in LARGE_TILES and size <= 128:
+        return Tile(64 if size <= 64 else 32, 64, 4 if size <= 64 else 8, 1)
+    return Tile(32, 32, 4 if size <= 128 else 8, 1)
 
 
 def features_tile(element_size: int, arch: str) -> Tile:

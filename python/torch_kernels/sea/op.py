@@ -23,13 +23,7 @@ ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 
 # What serves an op on a GPU: gathers and bit tricks are CUDA C++, dense tiles and streams Triton.
 IN_CUDA = ("sea_select", "sea_attention")
-IN_TRITON = (
-    "sea_attention",
-    "sea_attention_backward",
-    "favor_features",
-    "linear_attention",
-    "linear_attention_backward",
-)
+NOT_IN_TRITON = ("sea_select",)
 
 
 def _backends(name: str) -> tuple[Backend, ...]:
@@ -39,7 +33,7 @@ def _backends(name: str) -> tuple[Backend, ...]:
     cuda = [Backend(kind, native(kind, name), ON_GPU, accepts=unit_stride) for kind in ("cuda", "emulator")]
     return (
         *(cuda[:1] if name in IN_CUDA else ()),
-        *((Backend("triton", triton, ON_GPU, unit_stride),) if name in IN_TRITON else ()),
+        *((Backend("triton", triton, ON_GPU, unit_stride),) if name not in NOT_IN_TRITON else ()),
         *(cuda[1:] if name in IN_CUDA else ()),
         Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
     )

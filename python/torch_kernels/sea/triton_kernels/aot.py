@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instances of this family's kernels that the tests compile ahead of time."""
 
-from ..heuristics import SPAN, attention_backward_tile, attention_tile, features_tile, linear_tile
+from ..heuristics import SPAN, attention_tile, features_tile, key_gradient_tile, linear_tile, query_gradient_tile
 from .attention import attention_kernel, head_blocks
 from .attention_backward import key_gradient_kernel, query_gradient_kernel, summary_kernel
 from .features import features_kernel
@@ -42,7 +42,8 @@ def _attention(arch, kind, size, value_size, rows=4096, clip=False, gates=True):
 
 
 def _backward(arch, kernel, kind, size, value_size, clip=False, gates=True):
-    tile = attention_backward_tile(max(size, value_size), BYTES[kind], arch)
+    tile_of = query_gradient_tile if kernel is query_gradient_kernel else key_gradient_tile
+    tile = tile_of(max(size, value_size), BYTES[kind], arch)
     absent = ("row_gain", "mix", "pooled", "grad_row_gain", "grad_mix", "grad_pooled")
     absent = () if gates else tuple(name for name in absent if name in kernel.arg_names)
     return _sparse(kernel.__name__.removesuffix("_kernel"), kernel, kind, size, value_size, tile, clip, absent)

@@ -203,6 +203,10 @@ def head_blocks(size: int, value_size: int, element_size: int) -> dict:
     }  # fmt: skip
 
 
+def launch_options(tile) -> dict:
+    return {"M": tile.rows, "N": tile.columns, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
 def sea_attention(
     out, lse, q, k, v, cells, widths, num_cells, scale, max_columns_per_cell, row_gain, mix, pooled
 ):  # fmt: skip
@@ -219,6 +223,5 @@ def sea_attention(
             k.shape[1], q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
             v.stride(0), v.stride(1), v.stride(2), *strides(pooled),
             CELLS=num_cells, WORDS=cells.shape[2], **head_blocks(size, value_size, q.element_size()),
-            CLIP=max_columns_per_cell > 0, M=tile.rows, N=tile.columns, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            CLIP=max_columns_per_cell > 0, **launch_options(tile),
         )  # fmt: skip

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from torch_kernels._triton import architecture, on_device
 
-from ..heuristics import attention_backward_tile
-from .attention import LOG2E, contiguous, head_blocks, load_tile, products, row_products, strides
+from ..heuristics import key_gradient_tile, query_gradient_tile
+from .attention import LOG2E, contiguous, head_blocks, launch_options, load_tile, products, row_products, strides
 from .cells import (
     any_bits,
     boundary,
@@ -110,10 +110,10 @@ def _query_walk(
 
 
 @triton.jit
-def _load_lse(lse, row, exists):
-    """In base 2; 0 for rows that keep nothing, or nothing but -inf."""
-    row_lse = tl.load(lse + row, mask=exists, other=0.0)
-    return tl.where(row_lse == -float("inf"), 0.0, row_lse * LOG2E)
+def _in_base_2(lse):
+    """A row that keeps nothing, or nothing but -inf, has no probabilities; those of one with +inf are NaN."""
+    finite = tl.where(lse == -float("inf"), 0.0, lse * LOG2E)
+    return tl.where(lse == float("inf"), float("nan"), finite)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def query_gradient_kernel(
     k += batch * k_stride_b + head.to(tl.int64) * k_stride_h
     v += batch * v_stride_b + head.to(tl.int64) * v_stride_h
     of_head = (batch * heads + head) * rows
-    row_lse = _load_lse(lse + of_head, row, exists)
+    row_lse = _in_base_2(tl.load(lse + of_head + row, mask=exists, other=0.0))
     _, row_along = _query_walk(
         q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width,
         tl.zeros((M,), tl.float32), row_lse, keys, limit, scale * LOG2E,
@@ -235,8 +235,7 @@ def _key_step(
             seen = tl.max((kept & this[None, :]).to(tl.int32), axis=1) > 0
             if tl.max(seen.to(tl.int32), axis=0) > 0:
                 at = tl.sum(tl.where(this, row, 0), axis=0)
-                row_lse = tl.load(lse + at)
-                row_lse = tl.where(row_lse == -float("inf"), 0.0, row_lse * LOG2E)
+                row_lse = _in_base_2(tl.load(lse + at))
                 row_factor = tl.sum(tl.where(this, factor, 0.0), axis=0)
                 queries, grads = q + tl.cast(at, tl.int64) * q_stride, g + tl.cast(at, tl.int64) * g_stride
                 score = row_products(k, k_offset, present, queries, D, 16)
@@ -250,8 +249,8 @@ def _key_step(
     else:
         q_offset, g_offset = row.to(tl.int64) * q_stride, row.to(tl.int64) * g_stride
         scores = products(k_tile, k, k_offset, present, q, q_offset, exists, D, BLOCK_D, CHUNK)
-        p = _probabilities(scores, kept, score_scale, _load_lse(lse, row, exists)[None, :]) * factor[None, :]
-        p = tl.where(kept, p, 0.0)
+        row_lse = _in_base_2(tl.load(lse + row, mask=exists, other=0.0))
+        p = tl.where(kept, tl.exp2(scores * score_scale - row_lse[None, :]) * factor[None, :], 0.0)
         grad_tile = load_tile(g, g_offset, exists, dv, DV, BLOCK_DV)
         acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision="ieee")
         of_p = products(v_tile, v, v_offset, present, g, g_offset, exists, DV, BLOCK_DV, CHUNK_V)
@@ -374,8 +373,9 @@ def sea_attention_backward(
             grad.zero_()
         return
     lse, cells, widths, row_gain, mix = contiguous(lse, cells, widths, row_gain, mix)
-    tile = attention_backward_tile(max(size, value_size), q.element_size(), architecture(device))
-    row_tiles = triton.cdiv(rows, tile.rows)
+    arguments = max(size, value_size), q.element_size(), architecture(device)
+    query_tile, key_tile = query_gradient_tile(*arguments), key_gradient_tile(*arguments)
+    row_tiles = triton.cdiv(rows, key_tile.rows)
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
     limit = min(max_columns_per_cell, 2**31 - 1)
     along = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
@@ -385,20 +385,19 @@ def sea_attention_backward(
     tensor_strides = [x.stride(i) for x in (grad_out, q, k, v) for i in range(3)]
     cell_sizes = {"CELLS": num_cells, "WORDS": cells.shape[2]}
     sizes = cell_sizes | head_blocks(size, value_size, q.element_size()) | {"CLIP": max_columns_per_cell > 0}
-    options = {"M": tile.rows, "N": tile.columns, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     with on_device(q):
-        query_gradient_kernel[(row_tiles, heads, batch)](
+        query_gradient_kernel[(triton.cdiv(rows, query_tile.rows), heads, batch)](
             grad_q, grad_row_gain, grad_mix, None if shared else grad_pooled, along, grad_out, q, k, v, lse, cells,
             widths, row_gain, mix, pooled, scale, limit, rows, keys, *tensor_strides, *strides(pooled),
-            **sizes, **options,
+            **sizes, **launch_options(query_tile),
         )  # fmt: skip
         if keys:
             summary_kernel[(row_tiles, heads, batch)](
-                counts, extents, cells, widths, rows, keys, row_tiles, **cell_sizes, M=tile.rows
+                counts, extents, cells, widths, rows, keys, row_tiles, **cell_sizes, M=key_tile.rows
             )
-            key_gradient_kernel[(triton.cdiv(keys, tile.columns), heads, batch)](
+            key_gradient_kernel[(triton.cdiv(keys, key_tile.columns), heads, batch)](
                 grad_k, grad_v, grad_out, q, k, v, lse, along, row_gain, mix, cells, widths, counts, extents, scale,
-                limit, rows, keys, row_tiles, *tensor_strides, **sizes, **options,
+                limit, rows, keys, row_tiles, *tensor_strides, **sizes, **launch_options(key_tile),
             )  # fmt: skip
         if shared:
             rest = (1 - mix.float()).transpose(1, 2)[..., None]

@@ -175,6 +175,31 @@ def _times_state(
     return acc, total
 
 
+@triton.jit
+def _rows(
+    a, b, c, state, norm, row, exists, begin, end, column, row_factor, row_weight, column_factor, column_weight,
+    size, columns, a_stride, b_stride, c_stride,
+    DIVIDE: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr,
+    V: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Rows of the output, and of the divisor, before they are divided."""
+    acc, total = _times_state(
+        a, a_stride, row, exists, state, norm, column, size, columns, TRANSPOSED, T, V, DIVIDE
+    )  # fmt: skip
+    if TRANSPOSED:
+        shared = tl.load(norm + column, mask=column < columns, other=0.0)[None, :]
+        if row_factor is not None:
+            acc = acc * row_factor[:, None] + shared * row_weight[:, None]
+        else:
+            acc += shared
+    if CAUSAL:
+        acc, total = _within_span(
+            acc, total, a, b, c, row, exists, begin, end, column, row_factor, row_weight, column_factor, column_weight,
+            size, columns, a_stride, b_stride, c_stride, REVERSE, T, EXACT,
+        )  # fmt: skip
+    return acc, total
+
+
 @triton.jit(do_not_specialize=["tokens", "spans"])
 def attend_kernel(
     out, inverses, dots, a, b, c, partner, state, norm, row_factor, row_weight, column_factor, column_weight, eps,
@@ -211,30 +236,21 @@ def attend_kernel(
     if column_weight is not None:
         column_weight += of_head * tokens
 
-    acc, total = _times_state(
-        a, a_stride_t, row, exists, state, norm, column, size, columns, TRANSPOSED, T, V, DIVIDE
+    b += batch * b_stride_b + head.to(tl.int64) * b_stride_h
+    c += batch * c_stride_b + head.to(tl.int64) * c_stride_h
+    begin = first if REVERSE else span * SPAN
+    end = tl.minimum(span * SPAN + SPAN if REVERSE else first + T, tokens)
+    acc, total = _rows(
+        a, b, c, state, norm, row, exists, begin, end, column, row_factor, row_weight, column_factor, column_weight,
+        size, columns, a_stride_t, b_stride_t, c_stride_t, DIVIDE, REVERSE, TRANSPOSED, CAUSAL, T, V, False,
     )  # fmt: skip
-    if TRANSPOSED:
-        shared = tl.load(norm + column, mask=column < columns, other=0.0)[None, :]
-        if row_factor is not None:
-            acc = acc * row_factor[:, None] + shared * row_weight[:, None]
-        else:
-            acc += shared
-    if CAUSAL:
-        b += batch * b_stride_b + head.to(tl.int64) * b_stride_h
-        c += batch * c_stride_b + head.to(tl.int64) * c_stride_h
-        begin = first if REVERSE else span * SPAN
-        end = tl.minimum(span * SPAN + SPAN if REVERSE else first + T, tokens)
-        of_state, of_norm = acc, total
-        acc, total = _within_span(
-            acc, total, a, b, c, row, exists, begin, end, column, row_factor, row_weight, column_factor, column_weight,
-            size, columns, a_stride_t, b_stride_t, c_stride_t, REVERSE, T, False,
-        )  # fmt: skip
-        # Zero times a NaN or an infinity is NaN, which would reach tokens that do not see it.
+    # Zero times a NaN or an infinity is NaN, which would reach tokens that do not see it.
+    if CAUSAL:  # noqa: SIM102 (known at compile time, unlike the next)
         if not (tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) < float("inf")):
-            acc, total = _within_span(
-                of_state, of_norm, a, b, c, row, exists, begin, end, column, row_factor, row_weight, column_factor,
-                column_weight, size, columns, a_stride_t, b_stride_t, c_stride_t, REVERSE, T, True,
+            acc, total = _rows(
+                a, b, c, state, norm, row, exists, begin, end, column, row_factor, row_weight, column_factor,
+                column_weight, size, columns, a_stride_t, b_stride_t, c_stride_t, DIVIDE, REVERSE, TRANSPOSED, CAUSAL,
+                T, V, True,
             )  # fmt: skip
 
     at = of_head * tokens + row
