@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torch_kernels import _checks
-from torch_kernels._registry import Backend, Op, native, unit_stride
-from torch_kernels.sea import reference
+from torch_kernels._registry import Backend, Op, may_choose_triton, native, triton_version, unit_stride
+from torch_kernels.sea import heuristics, reference
 
 MAX_HEAD_SIZE = 256
 MAX_CELLS = 1 << 20  # of a row and head, so that boundaries are exact in 64 bits
@@ -26,15 +26,35 @@ IN_CUDA = ("sea_select", "sea_attention")
 NOT_IN_TRITON = ("sea_select",)
 
 
+def _leaves_many_rows(q: Tensor, *_: Any) -> str | None:
+    """For the CUDA kernel of sea_attention: Triton's serves many rows unless a backend is forced."""
+    if may_choose_triton() and heuristics.prefers_triton(q.shape[1]):
+        return "Triton's kernel shares columns between so many rows"
+    return None
+
+
+def _not_in_triton(name: str, *arguments: Any) -> str | None:
+    """Loops are told not to move what they repeat out of themselves, where it would take the registers."""
+    version = tuple(map(int, (triton_version() or "0.0").split(".")[:2]))
+    if version < (3, 5):
+        return "it needs Triton 3.5 or later"
+    if name.startswith("sea_attention"):
+        num_cells = next(argument for argument in arguments if isinstance(argument, int))
+        if num_cells > heuristics.MAX_CELLS:
+            return f"it serves up to {heuristics.MAX_CELLS} cells"
+    return None
+
+
 def _backends(name: str) -> tuple[Backend, ...]:
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.sea.triton_kernels"), name)
 
-    cuda = [Backend(kind, native(kind, name), ON_GPU, accepts=unit_stride) for kind in ("cuda", "emulator")]
+    in_cuda, in_triton = name in IN_CUDA, name not in NOT_IN_TRITON
+    leaves = _leaves_many_rows if in_cuda and in_triton else None
     return (
-        *(cuda[:1] if name in IN_CUDA else ()),
-        *((Backend("triton", triton, ON_GPU, unit_stride),) if name not in NOT_IN_TRITON else ()),
-        *(cuda[1:] if name in IN_CUDA else ()),
+        *((Backend("cuda", native("cuda", name), ON_GPU, unit_stride, leaves),) if in_cuda else ()),
+        *((Backend("triton", triton, ON_GPU, unit_stride, partial(_not_in_triton, name)),) if in_triton else ()),
+        *((Backend("emulator", native("emulator", name), ON_GPU, unit_stride),) if in_cuda else ()),
         Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
     )
 

@@ -5,7 +5,9 @@ from ..heuristics import SPAN, attention_tile, features_tile, key_gradient_tile,
 from .attention import attention_kernel, head_blocks
 from .attention_backward import key_gradient_kernel, query_gradient_kernel, summary_kernel
 from .features import features_kernel
-from .linear import SCAN_BLOCK, attend_kernel, scan_kernel, states_kernel
+from .linear import attend_kernel, states_kernel
+from .mean import BLOCK, PART, mean_kernel
+from .stretch import CSR_CELLS, csr_columns_kernel
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CELLS = {"CELLS": 256, "WORDS": 96}
@@ -30,20 +32,21 @@ def _options(tile):
 
 
 def _sparse(name, kernel, kind, size, value_size, tile, clip=False, absent=()):
-    sizes = CELLS | head_blocks(size, value_size, BYTES[kind]) | {"CLIP": clip, "M": tile.rows, "N": tile.columns}
+    sizes = CELLS | head_blocks(size, value_size, BYTES[kind]) | {"CLIP": int(clip), "M": tile.rows, "N": tile.columns}
     return _case(f"{name}_{kind}_{size}x{value_size}{'_clip' * clip}", kernel, kind, sizes, absent, _options(tile))
 
 
 def _attention(arch, kind, size, value_size, rows=4096, clip=False, gates=True):
-    tile = attention_tile(rows, max(size, value_size), BYTES[kind], arch)
+    tile = attention_tile(rows, max(size, value_size), BYTES[kind], arch, clip)
     name = "attention_few" if rows < 64 else "attention"
     absent = () if gates else ("row_gain", "mix", "pooled")
     return _sparse(name, attention_kernel, kind, size, value_size, tile, clip, absent)
 
 
 def _backward(arch, kernel, kind, size, value_size, clip=False, gates=True):
-    tile_of = query_gradient_tile if kernel is query_gradient_kernel else key_gradient_tile
-    tile = tile_of(max(size, value_size), BYTES[kind], arch)
+    arguments = max(size, value_size), BYTES[kind], arch, clip
+    of_queries = kernel is query_gradient_kernel
+    tile = query_gradient_tile(*arguments) if of_queries else key_gradient_tile(*arguments)
     absent = ("row_gain", "mix", "pooled", "grad_row_gain", "grad_mix", "grad_pooled")
     absent = () if gates else tuple(name for name in absent if name in kernel.arg_names)
     return _sparse(kernel.__name__.removesuffix("_kernel"), kernel, kind, size, value_size, tile, clip, absent)
@@ -83,32 +86,30 @@ def _states(arch, kind, columns, factors=False):
     return _case(name, states_kernel, kind, sizes, absent, _options(tile))
 
 
+def _mean(arch):
+    types = {"mean": "*bf16", "sums": "*fp64", "count": "*i64"}
+    return _case("mean_bf16", mean_kernel, "bf16", {"PART": PART, "BLOCK": BLOCK}, (), {"num_warps": 4}, types)
+
+
+def _csr(arch):
+    sizes = CELLS | {"BLOCK": CSR_CELLS}
+    return _case(
+        "csr_columns", csr_columns_kernel, "fp32", sizes, (), {"num_warps": 1}, {"col": "*i32", "crow": "*i32"}
+    )
+
+
 def aot_cases(arch: str):
     return [
         _attention(arch, "bf16", 64, 64),
         _attention(arch, "fp16", 128, 128, clip=True),
-        _attention(arch, "bf16", 192, 256, gates=False),
-        _attention(arch, "bf16", 128, 128, rows=16),
         _attention(arch, "fp32", 64, 64),
-        _attention(arch, "fp32", 256, 256),
         _backward(arch, query_gradient_kernel, "bf16", 64, 64),
-        _backward(arch, query_gradient_kernel, "bf16", 128, 128, clip=True),
-        _backward(arch, query_gradient_kernel, "bf16", 256, 256, gates=False),
-        _backward(arch, query_gradient_kernel, "fp32", 128, 128),
-        _backward(arch, key_gradient_kernel, "bf16", 64, 64),
-        _backward(arch, key_gradient_kernel, "bf16", 128, 128, clip=True),
-        _backward(arch, key_gradient_kernel, "bf16", 256, 256, gates=False),
-        _backward(arch, key_gradient_kernel, "fp32", 128, 128),
+        _backward(arch, key_gradient_kernel, "bf16", 128, 128),
         _case("summary", summary_kernel, "fp32", CELLS | {"M": 64}),
         _features(arch, "bf16", "bf16", True),
-        _features(arch, "bf16", "fp32", False),
         _linear(arch, "bf16", 128, "out"),
-        _linear(arch, "fp32", 64, "out"),
-        _linear(arch, "bf16", 128, "inverses"),
-        _linear(arch, "bf16", 272, "grad_q"),
         _linear(arch, "bf16", 272, "grad_k"),
-        _linear(arch, "bf16", 128, "grad_v"),
-        _states(arch, "bf16", 128),
         _states(arch, "bf16", 128, factors=True),
-        _case("scan", scan_kernel, "fp32", {"INCLUDING": False, "REVERSE": False, "BLOCK": SCAN_BLOCK}),
+        _mean(arch),
+        _csr(arch),
     ]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch_kernels._triton import architecture, on_device
 
 from ..heuristics import attention_tile, head_chunk, power_of_two
-from .cells import any_bits, boundary, cells_in_tile, cells_of_head, kept_columns, load_widths, lowest_bit
+from .cells import any_bits, boundary, cells_in_tile, cells_of_head, clip_mode, kept_columns, load_widths, lowest_bit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -47,65 +47,59 @@ def products(
     return result
 
 
+# Zero times a NaN or an infinity is NaN, so in products these reach rows that do not keep them. Where a result is not
+# finite, walks are made that leave them out, and then count how many of each kind a row keeps. Rows that keep none get
+# the same bits as without them. The kinds:
+CLEAN, INFINITY, MINUS_INFINITY, NAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
 @triton.jit
-def row_products(x, x_offset, x_exists, y, SIZE: tl.constexpr, CHUNK: tl.constexpr):
-    """x y of rows x in memory and one row y, in float32."""
-    result = tl.zeros((x_offset.shape[0],), tl.float32)
-    for first in range(0, SIZE, CHUNK):
-        column = first + tl.arange(0, CHUNK)
-        part = tl.load(y + column, mask=column < SIZE, other=0.0).to(tl.float32)
-        rows = load_tile(x, x_offset, x_exists, column, SIZE, SIZE + 1).to(tl.float32)
-        result += tl.sum(rows * part[None, :], axis=1)
-    return result
+def finite(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def not_finite(acc):
+    """Whether anything in it is not, or nearly so."""
+    return tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) * 0.0 != 0.0
 
 
 @triton.jit
 def _attend(
-    q_tile, q, q_offset, exists, k, v, k_stride, v_stride, acc, peak, total, kept, start, keys, score_scale,
+    q_tile, q, q_offset, exists, k, v, k_stride, v_stride, acc, peak, total, kept, start, keys, score_scale, kind,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK: tl.constexpr, EXACT: tl.constexpr,
+    CHUNK: tl.constexpr, SPECIAL: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax over N columns. EXACT: one by one, and what a row does not keep is selected away
-    instead of getting a weight of zero, as NaN and infinities ask for."""
-    if EXACT:
-        d = tl.arange(0, BLOCK_DV)
-        for step in range(tl.minimum(N, keys - start)):
-            at = tl.cast(start + step, tl.int64)
-            seen = tl.max((kept & (tl.arange(0, N) == step)[None, :]).to(tl.int32), axis=1) > 0
-            score = row_products(q, q_offset, exists, k + at * k_stride, D, 16) * score_scale
-            score = tl.where(seen, score, -float("inf"))
-            value = tl.load(v + at * v_stride + d, mask=d < DV, other=0.0).to(tl.float32)
-            new_peak = tl.maximum(peak, score)
-            anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            weight, decay = tl.exp2(score - anchor), tl.exp2(peak - anchor)
-            total = total * decay + weight
-            acc = acc * decay[:, None] + tl.where(seen[:, None], weight[:, None] * value[None, :], 0.0)
-            peak = new_peak
-    else:
-        column = start + tl.arange(0, N)
-        present = column < keys
-        at = column.to(tl.int64)
-        scores = products(q_tile, q, q_offset, exists, k, at * k_stride, present, D, BLOCK_D, CHUNK)
-        scores = tl.where(kept, scores * score_scale, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weights, decay = tl.exp2(scores - anchor[:, None]), tl.exp2(peak - anchor)
-        total = total * decay + tl.sum(weights, axis=1)
-        values = load_tile(v, at * v_stride, present, tl.arange(0, BLOCK_DV), DV, BLOCK_DV)
-        acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
-        peak = new_peak
-    return acc, peak, total
+    """One step of online softmax over N columns. With SPECIAL, of the kind given."""
+    column = start + tl.arange(0, N)
+    present = column < keys
+    at = column.to(tl.int64)
+    scores = products(q_tile, q, q_offset, exists, k, at * k_stride, present, D, BLOCK_D, CHUNK)
+    scores = tl.where(kept, scores * score_scale, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    weights, decay = tl.exp2(scores - anchor[:, None]), tl.exp2(peak - anchor)
+    total = total * decay + tl.sum(weights, axis=1)
+    values = load_tile(v, at * v_stride, present, tl.arange(0, BLOCK_DV), DV, BLOCK_DV)
+    if SPECIAL:
+        infinite = values == tl.where(kind == INFINITY, float("inf"), -float("inf"))
+        marks = tl.where(kind == NAN, values != values, infinite).to(values.dtype)
+        values = tl.where(kind == CLEAN, finite(values), marks)
+        weights = tl.where(kind == CLEAN, weights, kept.to(tl.float32))
+        decay = tl.where(kind == CLEAN, decay, 1.0)
+    acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+    return acc, new_peak, total
 
 
 @triton.jit
 def _walk(
-    q, q_offset, exists, k, v, k_stride, v_stride, words, head, width, keys, limit, score_scale,
+    q, q_offset, exists, k, v, k_stride, v_stride, words, head, width, keys, limit, score_scale, kind,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, SPECIAL: tl.constexpr,
 ):  # fmt: skip
     """Output before it is divided, maximum and sum of each row's softmax, in base 2."""
     q_tile = None
-    if CHUNK == BLOCK_D and not EXACT:
+    if CHUNK == BLOCK_D:
         q_tile = load_tile(q, q_offset, exists, tl.arange(0, BLOCK_D), D, BLOCK_D)
     acc = tl.zeros((M, BLOCK_DV), tl.float32)
     peak = tl.full((M,), -float("inf"), tl.float32)
@@ -130,7 +124,7 @@ def _walk(
                 )  # fmt: skip
                 acc, peak, total = _attend(
                     q_tile, q, q_offset, exists, k, v, k_stride, v_stride, acc, peak, total, kept, start, keys,
-                    score_scale, D, DV, N, BLOCK_D, BLOCK_DV, CHUNK, EXACT,
+                    score_scale, kind, D, DV, N, BLOCK_D, BLOCK_DV, CHUNK, SPECIAL,
                 )  # fmt: skip
                 done = start + N
     return acc, peak, total
@@ -158,19 +152,23 @@ def attention_kernel(
     v += batch * v_stride_b + head.to(tl.int64) * v_stride_h
     score_scale = scale * LOG2E
     acc, peak, total = _walk(
-        q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale,
+        q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale, 0,
         CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, False,
     )  # fmt: skip
-    # Zero times a NaN or an infinity is NaN, which would reach rows that do not keep it.
-    if not (tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) < float("inf")):
-        acc, peak, total = _walk(
-            q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale,
-            CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, True,
-        )  # fmt: skip
-
     empty = total == 0
-    result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    inverse = 1.0 / tl.where(empty, 1.0, total)
+    result = tl.where(empty[:, None], 0.0, acc * inverse[:, None])
+    if not_finite(acc):
+        for kind in tl.range(0, 4, disable_licm=True):
+            acc, _, _ = _walk(
+                q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale, kind,
+                CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, True,
+            )  # fmt: skip
+            value = tl.where(kind == NAN, float("nan"), tl.where(kind == INFINITY, float("inf"), -float("inf")))
+            clean = tl.where(empty[:, None], 0.0, acc * inverse[:, None])
+            result = tl.where(kind == CLEAN, clean, tl.where(acc > 0, result + value, result))
+
     at = (batch * heads + head) * rows + row
     tl.store(lse + at, row_lse, mask=exists)
     if row_gain is not None:
@@ -215,7 +213,8 @@ def sea_attention(
     if out.numel() == 0:
         return
     cells, widths, row_gain, mix = contiguous(cells, widths, row_gain, mix)
-    tile = attention_tile(rows, max(size, value_size), q.element_size(), architecture(q.device))
+    clip = clip_mode(k.shape[1], num_cells, max_columns_per_cell)
+    tile = attention_tile(rows, max(size, value_size), q.element_size(), architecture(q.device), clip > 0)
     with on_device(q):
         attention_kernel[(triton.cdiv(rows, tile.rows), heads, batch)](
             out, lse, q, k, v, cells, widths, row_gain, mix, pooled,
@@ -223,5 +222,5 @@ def sea_attention(
             k.shape[1], q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
             v.stride(0), v.stride(1), v.stride(2), *strides(pooled),
             CELLS=num_cells, WORDS=cells.shape[2], **head_blocks(size, value_size, q.element_size()),
-            CLIP=max_columns_per_cell > 0, **launch_options(tile),
+            CLIP=clip, **launch_options(tile),
         )  # fmt: skip

@@ -16,17 +16,39 @@ import triton.language as tl
 from torch_kernels._triton import architecture, on_device
 
 from ..heuristics import key_gradient_tile, query_gradient_tile
-from .attention import LOG2E, contiguous, head_blocks, launch_options, load_tile, products, row_products, strides
+from .attention import (
+    CLEAN,
+    LOG2E,
+    contiguous,
+    finite,
+    head_blocks,
+    launch_options,
+    load_tile,
+    not_finite,
+    products,
+    strides,
+)
 from .cells import (
     any_bits,
     boundary,
     cells_in_tile,
     cells_of_head,
+    clip_mode,
     kept_columns,
     load_widths,
     lowest_bit,
     near_cell,
 )
+
+# What a walk over columns is for: what grad_out has along the context, the gradient, or, where that is not finite, the
+# gradient without what is not, and how much of that a row keeps.
+ALONG, GRADIENT, SPECIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _special(x, kind):
+    """x without what is not finite (CLEAN), or where that is."""
+    return tl.where(kind == CLEAN, finite(x), (~(tl.abs(x) < float("inf"))).to(x.dtype))
 
 
 @triton.jit
@@ -38,52 +60,44 @@ def _probabilities(scores, kept, score_scale, row_lse):
 @triton.jit
 def _query_step(
     q_tile, g_tile, q, q_offset, g, g_offset, exists, k, v, k_stride, v_stride, acc, along, row_lse, kept, start, keys,
-    score_scale,
+    score_scale, kind,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, GRADIENT: tl.constexpr, EXACT: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Adds to `along`, or, GRADIENT, to `acc` what N columns give. EXACT: one by one, with selection."""
-    if EXACT:
-        d = tl.arange(0, BLOCK_D)
-        for step in range(tl.minimum(N, keys - start)):
-            at = tl.cast(start + step, tl.int64)
-            seen = tl.max((kept & (tl.arange(0, N) == step)[None, :]).to(tl.int32), axis=1) > 0
-            score = row_products(q, q_offset, exists, k + at * k_stride, D, 16)
-            p = _probabilities(score, seen, score_scale, row_lse)
-            of_p = row_products(g, g_offset, exists, v + at * v_stride, DV, 16)
-            key = tl.load(k + at * k_stride + d, mask=d < D, other=0.0).to(tl.float32)
-            acc += tl.where(seen[:, None], (p * (of_p - along))[:, None] * key[None, :], 0.0)
+    """What N columns give: to `along` or, in other modes, to `acc`."""
+    column = start + tl.arange(0, N)
+    present = column < keys
+    at = column.to(tl.int64)
+    scores = products(q_tile, q, q_offset, exists, k, at * k_stride, present, D, BLOCK_D, CHUNK)
+    p = _probabilities(scores, kept, score_scale, row_lse[:, None])
+    of_p = products(g_tile, g, g_offset, exists, v, at * v_stride, present, DV, BLOCK_DV, CHUNK_V)
+    if MODE == ALONG:
+        along += tl.sum(tl.where(kept, p * of_p, 0.0), axis=1)
     else:
-        column = start + tl.arange(0, N)
-        present = column < keys
-        at = column.to(tl.int64)
-        scores = products(q_tile, q, q_offset, exists, k, at * k_stride, present, D, BLOCK_D, CHUNK)
-        p = _probabilities(scores, kept, score_scale, row_lse[:, None])
-        of_p = products(g_tile, g, g_offset, exists, v, at * v_stride, present, DV, BLOCK_DV, CHUNK_V)
-        if GRADIENT:
-            grad = tl.where(kept, p * (of_p - along[:, None]), 0.0)
-            key_tile = load_tile(k, at * k_stride, present, tl.arange(0, BLOCK_D), D, BLOCK_D)
-            acc = tl.dot(grad.to(key_tile.dtype), key_tile, acc, input_precision="ieee")
-        else:
-            along += tl.sum(tl.where(kept, p * of_p, 0.0), axis=1)
+        grad = tl.where(kept, p * (of_p - along[:, None]), 0.0)
+        key_tile = load_tile(k, at * k_stride, present, tl.arange(0, BLOCK_D), D, BLOCK_D)
+        if MODE == SPECIAL:
+            key_tile = _special(key_tile, kind)
+            grad = tl.where(kind == CLEAN, grad, kept.to(tl.float32))
+        acc = tl.dot(grad.to(key_tile.dtype), key_tile, acc, input_precision="ieee")
     return acc, along
 
 
 @triton.jit
 def _query_walk(
     q, q_offset, g, g_offset, exists, k, v, k_stride, v_stride, words, head, width, along, row_lse, keys, limit,
-    score_scale,
+    score_scale, kind,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
-    GRADIENT: tl.constexpr, EXACT: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
     """The walk of the forward pass. Returns the gradient of q before it is scaled, and `along`."""
     q_tile, g_tile = None, None
-    if CHUNK == BLOCK_D and not EXACT:
+    if CHUNK == BLOCK_D:
         q_tile = load_tile(q, q_offset, exists, tl.arange(0, BLOCK_D), D, BLOCK_D)
-    if CHUNK_V == BLOCK_DV and not EXACT:
+    if CHUNK_V == BLOCK_DV:
         g_tile = load_tile(g, g_offset, exists, tl.arange(0, BLOCK_DV), DV, BLOCK_DV)
-    acc = tl.zeros((M, BLOCK_D if GRADIENT else 1), tl.float32)
+    acc = tl.zeros((M, 1 if MODE == ALONG else BLOCK_D), tl.float32)
     whole, rest = width // CELLS, width % CELLS
     sees = width > 0
     widest = tl.max(width, axis=0)
@@ -103,7 +117,7 @@ def _query_walk(
                 )  # fmt: skip
                 acc, along = _query_step(
                     q_tile, g_tile, q, q_offset, g, g_offset, exists, k, v, k_stride, v_stride, acc, along, row_lse,
-                    kept, start, keys, score_scale, D, DV, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, GRADIENT, EXACT,
+                    kept, start, keys, score_scale, kind, D, DV, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, MODE,
                 )  # fmt: skip
                 done = start + N
     return acc, along
@@ -150,20 +164,22 @@ def query_gradient_kernel(
     row_lse = _in_base_2(tl.load(lse + of_head + row, mask=exists, other=0.0))
     _, row_along = _query_walk(
         q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width,
-        tl.zeros((M,), tl.float32), row_lse, keys, limit, scale * LOG2E,
-        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, False, False,
+        tl.zeros((M,), tl.float32), row_lse, keys, limit, scale * LOG2E, 0,
+        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, ALONG,
     )  # fmt: skip
     acc, _ = _query_walk(
         q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, row_along, row_lse, keys,
-        limit, scale * LOG2E,
-        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, True, False,
+        limit, scale * LOG2E, 0,
+        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, GRADIENT,
     )  # fmt: skip
-    if not (tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) < float("inf")):
-        acc, _ = _query_walk(
-            q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, row_along, row_lse,
-            keys, limit, scale * LOG2E,
-            CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, True, True,
-        )  # fmt: skip
+    if not_finite(acc):
+        for kind in tl.range(0, 2, disable_licm=True):
+            other, _ = _query_walk(
+                q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, row_along, row_lse,
+                keys, limit, scale * LOG2E, kind,
+                CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, SPECIAL,
+            )  # fmt: skip
+            acc = tl.where(kind == CLEAN, other, tl.where(other > 0, float("nan"), acc))
     tl.store(along + of_head + row, row_along, mask=exists)
     if row_gain is not None:
         row_gain += of_head
@@ -197,8 +213,8 @@ def query_gradient_kernel(
 def summary_kernel(
     counts, extents, cells, widths, rows, keys, row_tiles, CELLS: tl.constexpr, WORDS: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
-    """counts [B, H, row tiles, K + 1]: how many cells before each a row tile keeps. extents [B, row tiles, 2]: the least
-    width of its rows that see anything, and the greatest. Grid (row tiles, heads, batch)."""
+    """counts [B, H, row tiles, K + 1]: how many cells before each a row tile keeps. extents [B, row tiles, 2]: the
+    least width of its rows that see anything, and the greatest. Grid (row tiles, heads, batch)."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     row = tile * M + tl.arange(0, M)
@@ -223,57 +239,41 @@ def summary_kernel(
 @triton.jit
 def _key_step(
     k_tile, v_tile, acc_k, acc_v, k, v, k_offset, v_offset, present, q, g, q_stride, g_stride, row, exists, lse, along,
-    factor, kept, score_scale,
+    factor, kept, score_scale, kind,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, EXACT: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Adds what M rows give to the gradients of N columns. Everything is transposed: [columns, rows]."""
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    if EXACT:
-        for step in range(M):
-            this = tl.arange(0, M) == step
-            seen = tl.max((kept & this[None, :]).to(tl.int32), axis=1) > 0
-            if tl.max(seen.to(tl.int32), axis=0) > 0:
-                at = tl.sum(tl.where(this, row, 0), axis=0)
-                row_lse = _in_base_2(tl.load(lse + at))
-                row_factor = tl.sum(tl.where(this, factor, 0.0), axis=0)
-                queries, grads = q + tl.cast(at, tl.int64) * q_stride, g + tl.cast(at, tl.int64) * g_stride
-                score = row_products(k, k_offset, present, queries, D, 16)
-                p = _probabilities(score, seen, score_scale, row_lse) * row_factor
-                of_p = row_products(v, v_offset, present, grads, DV, 16)
-                of_score = p * (of_p - tl.load(along + at))
-                query = tl.load(queries + d, mask=d < D, other=0.0).to(tl.float32)
-                grad = tl.load(grads + dv, mask=dv < DV, other=0.0).to(tl.float32)
-                acc_k += tl.where(seen[:, None], of_score[:, None] * query[None, :], 0.0)
-                acc_v += tl.where(seen[:, None], p[:, None] * grad[None, :], 0.0)
-    else:
-        q_offset, g_offset = row.to(tl.int64) * q_stride, row.to(tl.int64) * g_stride
-        scores = products(k_tile, k, k_offset, present, q, q_offset, exists, D, BLOCK_D, CHUNK)
-        row_lse = _in_base_2(tl.load(lse + row, mask=exists, other=0.0))
-        p = tl.where(kept, tl.exp2(scores * score_scale - row_lse[None, :]) * factor[None, :], 0.0)
-        grad_tile = load_tile(g, g_offset, exists, dv, DV, BLOCK_DV)
-        acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision="ieee")
-        of_p = products(v_tile, v, v_offset, present, g, g_offset, exists, DV, BLOCK_DV, CHUNK_V)
-        of_score = p * (of_p - tl.load(along + row, mask=exists, other=0.0)[None, :])
-        of_score = tl.where(kept, of_score, 0.0)
-        query_tile = load_tile(q, q_offset, exists, d, D, BLOCK_D)
-        acc_k = tl.dot(of_score.to(query_tile.dtype), query_tile, acc_k, input_precision="ieee")
+    q_offset, g_offset = row.to(tl.int64) * q_stride, row.to(tl.int64) * g_stride
+    scores = products(k_tile, k, k_offset, present, q, q_offset, exists, D, BLOCK_D, CHUNK)
+    row_lse = _in_base_2(tl.load(lse + row, mask=exists, other=0.0))
+    p = tl.where(kept, tl.exp2(scores * score_scale - row_lse[None, :]) * factor[None, :], 0.0)
+    of_p = products(v_tile, v, v_offset, present, g, g_offset, exists, DV, BLOCK_DV, CHUNK_V)
+    of_score = tl.where(kept, p * (of_p - tl.load(along + row, mask=exists, other=0.0)[None, :]), 0.0)
+    query_tile = load_tile(q, q_offset, exists, tl.arange(0, BLOCK_D), D, BLOCK_D)
+    grad_tile = load_tile(g, g_offset, exists, tl.arange(0, BLOCK_DV), DV, BLOCK_DV)
+    if MODE == SPECIAL:
+        query_tile, grad_tile = _special(query_tile, kind), _special(grad_tile, kind)
+        p = tl.where(kind == CLEAN, p, kept.to(tl.float32))
+        of_score = tl.where(kind == CLEAN, of_score, kept.to(tl.float32))
+    acc_v = tl.dot(p.to(grad_tile.dtype), grad_tile, acc_v, input_precision="ieee")
+    acc_k = tl.dot(of_score.to(query_tile.dtype), query_tile, acc_k, input_precision="ieee")
     return acc_k, acc_v
 
 
 @triton.jit
 def _key_walk(
     k, v, k_offset, v_offset, present, first_column, q, g, q_stride, g_stride, lse, along, row_gain, mix, cells, widths,
-    counts, extents, head, limit, rows, keys, row_tiles, score_scale,
+    counts, extents, head, limit, rows, keys, row_tiles, score_scale, kind,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
-    EXACT: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
     """Takes the row tiles that may keep any of the columns."""
     k_tile, v_tile = None, None
-    if CHUNK == BLOCK_D and not EXACT:
+    if CHUNK == BLOCK_D:
         k_tile = load_tile(k, k_offset, present, tl.arange(0, BLOCK_D), D, BLOCK_D)
-    if CHUNK_V == BLOCK_DV and not EXACT:
+    if CHUNK_V == BLOCK_DV:
         v_tile = load_tile(v, v_offset, present, tl.arange(0, BLOCK_DV), DV, BLOCK_DV)
     acc_k = tl.zeros((N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((N, BLOCK_DV), tl.float32)
@@ -305,8 +305,8 @@ def _key_walk(
             factor = _load_gate(row_gain, row, exists) * _load_gate(mix, row, exists)
             acc_k, acc_v = _key_step(
                 k_tile, v_tile, acc_k, acc_v, k, v, k_offset, v_offset, present, q, g, q_stride, g_stride, row, exists,
-                lse, along, factor, tl.trans(kept), score_scale,
-                D, DV, M, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, EXACT,
+                lse, along, factor, tl.trans(kept), score_scale, kind,
+                D, DV, M, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, MODE,
             )  # fmt: skip
     return acc_k, acc_v
 
@@ -343,17 +343,18 @@ def key_gradient_kernel(
     extents += batch * row_tiles * 2
     acc_k, acc_v = _key_walk(
         k, v, k_offset, v_offset, present, tl.program_id(0) * N, q, g, q_stride_t, g_stride_t, lse, along, row_gain,
-        mix, cells, widths, counts, extents, head, limit, rows, keys, row_tiles, scale * LOG2E,
-        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, False,
+        mix, cells, widths, counts, extents, head, limit, rows, keys, row_tiles, scale * LOG2E, 0,
+        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, GRADIENT,
     )  # fmt: skip
-    worst = tl.sum(tl.sum(tl.abs(acc_k), axis=1), axis=0) + tl.sum(tl.sum(tl.abs(acc_v), axis=1), axis=0)
-    # Zero times a NaN or an infinity is NaN, which would reach columns that a row does not keep.
-    if not (worst < float("inf")):
-        acc_k, acc_v = _key_walk(
-            k, v, k_offset, v_offset, present, tl.program_id(0) * N, q, g, q_stride_t, g_stride_t, lse, along, row_gain,
-            mix, cells, widths, counts, extents, head, limit, rows, keys, row_tiles, scale * LOG2E,
-            CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, True,
-        )  # fmt: skip
+    if not_finite(acc_k) | not_finite(acc_v):
+        for kind in tl.range(0, 2, disable_licm=True):
+            of_k, of_v = _key_walk(
+                k, v, k_offset, v_offset, present, tl.program_id(0) * N, q, g, q_stride_t, g_stride_t, lse, along,
+                row_gain, mix, cells, widths, counts, extents, head, limit, rows, keys, row_tiles, scale * LOG2E, kind,
+                CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, SPECIAL,
+            )  # fmt: skip
+            acc_k = tl.where(kind == CLEAN, of_k, tl.where(of_k > 0, float("nan"), acc_k))
+            acc_v = tl.where(kind == CLEAN, of_v, tl.where(of_v > 0, float("nan"), acc_v))
     at = ((batch * keys + column) * heads + head)[:, None]
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     target = grad_k + at * D + d[None, :]
@@ -373,7 +374,8 @@ def sea_attention_backward(
             grad.zero_()
         return
     lse, cells, widths, row_gain, mix = contiguous(lse, cells, widths, row_gain, mix)
-    arguments = max(size, value_size), q.element_size(), architecture(device)
+    clip = clip_mode(keys, num_cells, max_columns_per_cell)
+    arguments = max(size, value_size), q.element_size(), architecture(device), clip > 0
     query_tile, key_tile = query_gradient_tile(*arguments), key_gradient_tile(*arguments)
     row_tiles = triton.cdiv(rows, key_tile.rows)
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
@@ -384,7 +386,7 @@ def sea_attention_backward(
     shared = mix is not None and pooled.shape[1] == 1
     tensor_strides = [x.stride(i) for x in (grad_out, q, k, v) for i in range(3)]
     cell_sizes = {"CELLS": num_cells, "WORDS": cells.shape[2]}
-    sizes = cell_sizes | head_blocks(size, value_size, q.element_size()) | {"CLIP": max_columns_per_cell > 0}
+    sizes = cell_sizes | head_blocks(size, value_size, q.element_size()) | {"CLIP": clip}
     with on_device(q):
         query_gradient_kernel[(triton.cdiv(rows, query_tile.rows), heads, batch)](
             grad_q, grad_row_gain, grad_mix, None if shared else grad_pooled, along, grad_out, q, k, v, lse, cells,

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cells and columns: which columns a tile of rows must look at, and which of them each row keeps.
 
-With a width w = K * whole + rest, cell m begins at v_m = m * whole + (2 m rest + K) // (2 K), in 32 bits for up to
-MAX_CELLS cells.
+With a width w = K * whole + rest, cell m begins at v_m = m * whole + (2 m rest + K) // (2 K), which fits in 32 bits for
+up to heuristics.MAX_CELLS cells.
 """
 
 import triton
 import triton.language as tl
 
-MAX_CELLS = 1 << 15
+# Whether cells are clipped: their products of sizes and limit fit in 32 bits, or not.
+NARROW, WIDE = tl.constexpr(1), tl.constexpr(2)
+
+
+def clip_mode(keys: int, num_cells: int, limit: int) -> int:
+    """0 where no cell can have more columns than the limit (0: none)."""
+    most = keys // num_cells + 1
+    if limit == 0 or limit >= most:
+        return 0
+    return NARROW.value if most * limit < 2**31 else WIDE.value
 
 
 @triton.jit
@@ -85,7 +94,7 @@ def kept_columns(
     CELLS: tl.constexpr, WORDS: tl.constexpr, CLIP: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """[rows, N]: which columns from `start` on each row keeps. cells: from `cells_in_tile`; limit: columns that a cell
-    gives at most, if CLIP."""
+    gives at most, see `clip_mode`."""
     column = tl.arange(0, N)
     cell = tl.maximum(near_cell(start, width, CELLS) - 0.25, 0.0).to(tl.int32)
     left = boundary(cell, whole, rest, CELLS) - start
@@ -98,7 +107,9 @@ def kept_columns(
             right = boundary(cell + 1, whole, rest, CELLS) - start
             here = ((bits & 1) != 0) & (cell < CELLS)
             if CLIP:
-                size = (right - left)[:, None].to(tl.int64)
+                size = (right - left)[:, None]
+                if CLIP == WIDE:
+                    size = size.to(tl.int64)
                 length = tl.minimum(size, limit)
                 behind = right[:, None] - 1 - column[None, :]
                 remainder = (behind * length) % tl.maximum(size, 1)

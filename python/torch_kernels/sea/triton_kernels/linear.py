@@ -53,7 +53,7 @@ def states_kernel(
     end = tl.minimum(span * SPAN + SPAN, tokens)
     state = tl.zeros((F, V), tl.float32)
     norm = tl.zeros((F,), tl.float32)
-    for first in range(span * SPAN, end, T):
+    for first in tl.range(span * SPAN, end, T, disable_licm=True):
         row = first + tl.arange(0, T)
         exists = row < end
         keys = _load(k, k_stride_t, row, exists, feature, features)
@@ -132,11 +132,11 @@ def _within_span(
             acc += tl.where(seen[:, None], product[:, None] * value.to(tl.float32)[None, :], 0.0)
             total += tl.where(seen, product, 0.0)
     else:
-        for first in range(begin, end, T):
+        for first in tl.range(begin, end, T, disable_licm=True):
             token = first + tl.arange(0, T)
             present = token < end
             products = tl.zeros((T, T), tl.float32)
-            for start in range(0, size, 32):
+            for start in tl.range(0, size, 32, disable_licm=True):
                 at = start + tl.arange(0, 32)
                 rows = _load(a, a_stride, row, exists, at, size)
                 others = _load(b, b_stride, token, present, at, size)
@@ -160,7 +160,7 @@ def _times_state(
     """a times the state, and, NORM, a times the norm."""
     acc = tl.zeros((T, V), tl.float32)
     total = tl.zeros((T,), tl.float32)
-    for first in range(0, size, 32):
+    for first in tl.range(0, size, 32, disable_licm=True):
         at = first + tl.arange(0, 32)
         rows = _load(a, a_stride, row, exists, at, size)
         inside = (at < size)[:, None] & (column < columns)[None, :]
