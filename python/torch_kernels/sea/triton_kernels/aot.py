@@ -16,7 +16,7 @@ FLOAT32 = (
     "lse", "row_gain", "mix", "grad_row_gain", "grad_mix", "along", "states", "norms", "final", "initial", "state",
     "norm", "factor", "weight", "row_factor", "row_weight", "column_factor", "column_weight", "inverses", "dots",
 )  # fmt: skip
-INTEGERS = ("cells", "widths", "counts", "extents")
+INTEGERS = ("cells", "widths", "counts", "extents", "alarms")
 
 
 def _case(name, kernel, kind, constants, absent=(), options=None, types=None):
@@ -31,25 +31,27 @@ def _options(tile):
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
-def _sparse(name, kernel, kind, size, value_size, tile, clip=False, absent=()):
+def _sparse(name, kernel, kind, size, value_size, tile, clip, absent, repair):
     sizes = CELLS | head_blocks(size, value_size, BYTES[kind]) | {"CLIP": int(clip), "M": tile.rows, "N": tile.columns}
-    return _case(f"{name}_{kind}_{size}x{value_size}{'_clip' * clip}", kernel, kind, sizes, absent, _options(tile))
+    sizes["REPAIR"] = repair
+    name = f"{name}_{kind}_{size}x{value_size}{'_clip' * clip}{'_repair' * repair}"
+    return _case(name, kernel, kind, sizes, absent, _options(tile))
 
 
-def _attention(arch, kind, size, value_size, rows=4096, clip=False, gates=True):
+def _attention(arch, kind, size, value_size, rows=4096, clip=False, gates=True, repair=False):
     tile = attention_tile(rows, max(size, value_size), BYTES[kind], arch, clip)
     name = "attention_few" if rows < 64 else "attention"
     absent = () if gates else ("row_gain", "mix", "pooled")
-    return _sparse(name, attention_kernel, kind, size, value_size, tile, clip, absent)
+    return _sparse(name, attention_kernel, kind, size, value_size, tile, clip, absent, repair)
 
 
-def _backward(arch, kernel, kind, size, value_size, clip=False, gates=True):
+def _backward(arch, kernel, kind, size, value_size, clip=False, gates=True, repair=False):
     arguments = max(size, value_size), BYTES[kind], arch, clip
     of_queries = kernel is query_gradient_kernel
     tile = query_gradient_tile(*arguments) if of_queries else key_gradient_tile(*arguments)
     absent = ("row_gain", "mix", "pooled", "grad_row_gain", "grad_mix", "grad_pooled")
     absent = () if gates else tuple(name for name in absent if name in kernel.arg_names)
-    return _sparse(kernel.__name__.removesuffix("_kernel"), kernel, kind, size, value_size, tile, clip, absent)
+    return _sparse(kernel.__name__.removesuffix("_kernel"), kernel, kind, size, value_size, tile, clip, absent, repair)
 
 
 def _features(arch, kind, proj, exponential):
@@ -60,7 +62,7 @@ def _features(arch, kind, proj, exponential):
     return _case(name, features_kernel, kind, sizes, () if exponential else ("shift",), _options(tile), types)
 
 
-def _linear(arch, kind, columns, mode):
+def _linear(arch, kind, columns, mode, repair=False):
     """mode: which of the products with states."""
     tile = linear_tile(BYTES[kind], columns, arch)
     factors = ("row_factor", "row_weight", "column_factor", "column_weight")
@@ -73,9 +75,12 @@ def _linear(arch, kind, columns, mode):
     }[mode]
     sizes = {
         "DIVIDE": mode in ("out", "inverses"), "REVERSE": mode in ("grad_k", "grad_v"),
-        "TRANSPOSED": mode in ("grad_q", "grad_k"), "CAUSAL": True, "SPAN": SPAN, "T": tile.rows, "V": tile.columns,
+        "TRANSPOSED": mode in ("grad_q", "grad_k"), "CAUSAL": True, "REPAIR": repair, "SPAN": SPAN,
+        "T": tile.rows, "V": tile.columns,
     }  # fmt: skip
-    return _case(f"linear_{mode}_{kind}_{columns}", attend_kernel, kind, sizes, absent, _options(tile))
+    return _case(
+        f"linear_{mode}_{kind}_{columns}{'_repair' * repair}", attend_kernel, kind, sizes, absent, _options(tile)
+    )
 
 
 def _states(arch, kind, columns, factors=False):
@@ -102,7 +107,7 @@ def aot_cases(arch: str):
     return [
         _attention(arch, "bf16", 64, 64),
         _attention(arch, "fp16", 128, 128, clip=True),
-        _attention(arch, "fp32", 64, 64),
+        _attention(arch, "fp32", 64, 64, repair=True),
         _backward(arch, query_gradient_kernel, "bf16", 64, 64),
         _backward(arch, key_gradient_kernel, "bf16", 128, 128),
         _case("summary", summary_kernel, "fp32", CELLS | {"M": 64}),

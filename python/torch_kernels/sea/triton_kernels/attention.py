@@ -7,6 +7,7 @@ rows' cells, in tiles of columns that begin where the next cell does, and each r
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
@@ -47,9 +48,9 @@ def products(
     return result
 
 
-# Zero times a NaN or an infinity is NaN, so in products these reach rows that do not keep them. Where a result is not
-# finite, walks are made that leave them out, and then count how many of each kind a row keeps. Rows that keep none get
-# the same bits as without them. The kinds:
+# Zero times a NaN or an infinity is NaN, so in products these reach rows that do not keep them. A program whose result is
+# not finite raises an alarm, and a second launch repairs it: walks that leave out what is not finite, and then count how
+# many of each kind a row keeps. Rows that keep none get the same bits as without them. The kinds:
 CLEAN, INFINITY, MINUS_INFINITY, NAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -59,9 +60,16 @@ def finite(x):
 
 
 @triton.jit
+def flag():
+    """Where in `alarms` this program's is."""
+    program = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    return program * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
 def not_finite(acc):
-    """Whether anything in it is not, or nearly so."""
-    return tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) * 0.0 != 0.0
+    """1 if anything in it is not."""
+    return (tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) * 0.0 != 0.0).to(tl.int32)
 
 
 @triton.jit
@@ -132,14 +140,17 @@ def _walk(
 
 @triton.jit(do_not_specialize=["rows", "keys", "limit", "pooled_stride_t"])
 def attention_kernel(
-    out, lse, q, k, v, cells, widths, row_gain, mix, pooled, scale, limit, rows, keys,
+    out, lse, alarms, q, k, v, cells, widths, row_gain, mix, pooled, scale, limit, rows, keys,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     pooled_stride_b, pooled_stride_t, pooled_stride_h,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, heads, batch). out, lse, cells, widths and gates are contiguous."""
+    if REPAIR:  # noqa: SIM102 (known at compile time, unlike the next)
+        if tl.load(alarms + flag()) == 0:
+            return
     head, heads = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     # The last rows see most: they start first.
@@ -151,23 +162,22 @@ def attention_kernel(
     k += batch * k_stride_b + head.to(tl.int64) * k_stride_h
     v += batch * v_stride_b + head.to(tl.int64) * v_stride_h
     score_scale = scale * LOG2E
-    acc, peak, total = _walk(
-        q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale, 0,
-        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, False,
-    )  # fmt: skip
-    empty = total == 0
-    row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
-    inverse = 1.0 / tl.where(empty, 1.0, total)
-    result = tl.where(empty[:, None], 0.0, acc * inverse[:, None])
-    if not_finite(acc):
-        for kind in tl.range(0, 4, disable_licm=True):
-            acc, _, _ = _walk(
-                q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale, kind,
-                CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, True,
-            )  # fmt: skip
+    result = tl.zeros((M, BLOCK_DV), tl.float32)
+    row_lse = tl.zeros((M,), tl.float32)
+    for kind in tl.range(0, 4 if REPAIR else 1, disable_licm=True):
+        acc, peak, total = _walk(
+            q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale, kind,
+            CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, REPAIR,
+        )  # fmt: skip
+        empty = total == 0
+        row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+        without = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+        if REPAIR:
             value = tl.where(kind == NAN, float("nan"), tl.where(kind == INFINITY, float("inf"), -float("inf")))
-            clean = tl.where(empty[:, None], 0.0, acc * inverse[:, None])
-            result = tl.where(kind == CLEAN, clean, tl.where(acc > 0, result + value, result))
+            result = tl.where(kind == CLEAN, without, tl.where(acc > 0, result + value, result))
+        else:
+            result = without
+            tl.store(alarms + flag(), not_finite(acc))
 
     at = (batch * heads + head) * rows + row
     tl.store(lse + at, row_lse, mask=exists)
@@ -215,12 +225,14 @@ def sea_attention(
     cells, widths, row_gain, mix = contiguous(cells, widths, row_gain, mix)
     clip = clip_mode(k.shape[1], num_cells, max_columns_per_cell)
     tile = attention_tile(rows, max(size, value_size), q.element_size(), architecture(q.device), clip > 0)
+    grid = triton.cdiv(rows, tile.rows), heads, batch
+    alarms = torch.empty(math.prod(grid), dtype=torch.int32, device=q.device)
     with on_device(q):
-        attention_kernel[(triton.cdiv(rows, tile.rows), heads, batch)](
-            out, lse, q, k, v, cells, widths, row_gain, mix, pooled,
-            1.0 / math.sqrt(size) if scale is None else float(scale), min(max_columns_per_cell, 2**31 - 1), rows,
-            k.shape[1], q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-            v.stride(0), v.stride(1), v.stride(2), *strides(pooled),
-            CELLS=num_cells, WORDS=cells.shape[2], **head_blocks(size, value_size, q.element_size()),
-            CLIP=clip, **launch_options(tile),
-        )  # fmt: skip
+        for repair in (False, True):
+            attention_kernel[grid](
+                out, lse, alarms, q, k, v, cells, widths, row_gain, mix, pooled,
+                1.0 / math.sqrt(size) if scale is None else float(scale), min(max_columns_per_cell, 2**31 - 1), rows,
+                k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides(pooled),
+                CELLS=num_cells, WORDS=cells.shape[2], **head_blocks(size, value_size, q.element_size()), CLIP=clip,
+                REPAIR=repair, **launch_options(tile),
+            )  # fmt: skip

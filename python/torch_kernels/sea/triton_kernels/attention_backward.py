@@ -21,6 +21,7 @@ from .attention import (
     LOG2E,
     contiguous,
     finite,
+    flag,
     head_blocks,
     launch_options,
     load_tile,
@@ -141,15 +142,18 @@ def _load_gate(gate, row, exists):
 
 @triton.jit(do_not_specialize=["rows", "keys", "limit"])
 def query_gradient_kernel(
-    grad_q, grad_row_gain, grad_mix, grad_pooled, along, g, q, k, v, lse, cells, widths, row_gain, mix, pooled, scale,
+    grad_q, grad_row_gain, grad_mix, grad_pooled, along, alarms, g, q, k, v, lse, cells, widths, row_gain, mix, pooled, scale,
     limit, rows, keys,
     g_stride_b, g_stride_t, g_stride_h, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, pooled_stride_b, pooled_stride_t, pooled_stride_h,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, heads, batch). along [B, H, Tq]: grad_out times the context."""
+    if REPAIR:  # noqa: SIM102 (known at compile time, unlike the next)
+        if tl.load(alarms + flag()) == 0:
+            return
     head, heads = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M + tl.arange(0, M)
@@ -162,17 +166,9 @@ def query_gradient_kernel(
     v += batch * v_stride_b + head.to(tl.int64) * v_stride_h
     of_head = (batch * heads + head) * rows
     row_lse = _in_base_2(tl.load(lse + of_head + row, mask=exists, other=0.0))
-    _, row_along = _query_walk(
-        q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width,
-        tl.zeros((M,), tl.float32), row_lse, keys, limit, scale * LOG2E, 0,
-        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, ALONG,
-    )  # fmt: skip
-    acc, _ = _query_walk(
-        q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, row_along, row_lse, keys,
-        limit, scale * LOG2E, 0,
-        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, GRADIENT,
-    )  # fmt: skip
-    if not_finite(acc):
+    if REPAIR:
+        row_along = tl.load(along + of_head + row, mask=exists, other=0.0)
+        acc = tl.zeros((M, BLOCK_D), tl.float32)
         for kind in tl.range(0, 2, disable_licm=True):
             other, _ = _query_walk(
                 q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, row_along, row_lse,
@@ -180,7 +176,19 @@ def query_gradient_kernel(
                 CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, SPECIAL,
             )  # fmt: skip
             acc = tl.where(kind == CLEAN, other, tl.where(other > 0, float("nan"), acc))
-    tl.store(along + of_head + row, row_along, mask=exists)
+    else:
+        _, row_along = _query_walk(
+            q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width,
+            tl.zeros((M,), tl.float32), row_lse, keys, limit, scale * LOG2E, 0,
+            CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, ALONG,
+        )  # fmt: skip
+        tl.store(along + of_head + row, row_along, mask=exists)
+        acc, _ = _query_walk(
+            q, q_offset, g, g_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, row_along, row_lse,
+            keys, limit, scale * LOG2E, 0,
+            CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, GRADIENT,
+        )  # fmt: skip
+        tl.store(alarms + flag(), not_finite(acc))
     if row_gain is not None:
         row_gain += of_head
     if mix is not None:
@@ -313,15 +321,18 @@ def _key_walk(
 
 @triton.jit(do_not_specialize=["rows", "keys", "limit", "row_tiles"])
 def key_gradient_kernel(
-    grad_k, grad_v, g, q, k, v, lse, along, row_gain, mix, cells, widths, counts, extents, scale, limit, rows, keys,
+    grad_k, grad_v, alarms, g, q, k, v, lse, along, row_gain, mix, cells, widths, counts, extents, scale, limit, rows, keys,
     row_tiles,
     g_stride_b, g_stride_t, g_stride_h, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNK_V: tl.constexpr,
+    CHUNK_V: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Grid (column tiles, heads, batch)."""
+    if REPAIR:  # noqa: SIM102 (known at compile time, unlike the next)
+        if tl.load(alarms + flag()) == 0:
+            return
     head, heads = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * N + tl.arange(0, N)
@@ -341,20 +352,20 @@ def key_gradient_kernel(
     widths += batch * rows
     counts += (batch * heads + head) * row_tiles * (CELLS + 1)
     extents += batch * row_tiles * 2
-    acc_k, acc_v = _key_walk(
-        k, v, k_offset, v_offset, present, tl.program_id(0) * N, q, g, q_stride_t, g_stride_t, lse, along, row_gain,
-        mix, cells, widths, counts, extents, head, limit, rows, keys, row_tiles, scale * LOG2E, 0,
-        CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, GRADIENT,
-    )  # fmt: skip
-    if not_finite(acc_k) | not_finite(acc_v):
-        for kind in tl.range(0, 2, disable_licm=True):
-            of_k, of_v = _key_walk(
-                k, v, k_offset, v_offset, present, tl.program_id(0) * N, q, g, q_stride_t, g_stride_t, lse, along,
-                row_gain, mix, cells, widths, counts, extents, head, limit, rows, keys, row_tiles, scale * LOG2E, kind,
-                CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, SPECIAL,
-            )  # fmt: skip
+    acc_k = tl.zeros((N, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((N, BLOCK_DV), tl.float32)
+    for kind in tl.range(0, 2 if REPAIR else 1, disable_licm=True):
+        of_k, of_v = _key_walk(
+            k, v, k_offset, v_offset, present, tl.program_id(0) * N, q, g, q_stride_t, g_stride_t, lse, along,
+            row_gain, mix, cells, widths, counts, extents, head, limit, rows, keys, row_tiles, scale * LOG2E, kind,
+            CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, CHUNK_V, SPECIAL if REPAIR else GRADIENT,
+        )  # fmt: skip
+        if REPAIR:
             acc_k = tl.where(kind == CLEAN, of_k, tl.where(of_k > 0, float("nan"), acc_k))
             acc_v = tl.where(kind == CLEAN, of_v, tl.where(of_v > 0, float("nan"), acc_v))
+        else:
+            acc_k, acc_v = of_k, of_v
+            tl.store(alarms + flag(), not_finite(acc_k) | not_finite(acc_v))
     at = ((batch * keys + column) * heads + head)[:, None]
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     target = grad_k + at * D + d[None, :]
@@ -387,20 +398,26 @@ def sea_attention_backward(
     tensor_strides = [x.stride(i) for x in (grad_out, q, k, v) for i in range(3)]
     cell_sizes = {"CELLS": num_cells, "WORDS": cells.shape[2]}
     sizes = cell_sizes | head_blocks(size, value_size, q.element_size()) | {"CLIP": clip}
+    query_grid = triton.cdiv(rows, query_tile.rows), heads, batch
+    key_grid = triton.cdiv(keys, key_tile.columns), heads, batch
+    alarms = torch.empty(max(math.prod(query_grid), math.prod(key_grid)), dtype=torch.int32, device=device)
     with on_device(q):
-        query_gradient_kernel[(triton.cdiv(rows, query_tile.rows), heads, batch)](
-            grad_q, grad_row_gain, grad_mix, None if shared else grad_pooled, along, grad_out, q, k, v, lse, cells,
-            widths, row_gain, mix, pooled, scale, limit, rows, keys, *tensor_strides, *strides(pooled),
-            **sizes, **launch_options(query_tile),
-        )  # fmt: skip
+        for repair in (False, True):
+            query_gradient_kernel[query_grid](
+                grad_q, grad_row_gain, grad_mix, None if shared else grad_pooled, along, alarms, grad_out, q, k, v, lse,
+                cells, widths, row_gain, mix, pooled, scale, limit, rows, keys, *tensor_strides, *strides(pooled),
+                **sizes, REPAIR=repair, **launch_options(query_tile),
+            )  # fmt: skip
         if keys:
             summary_kernel[(row_tiles, heads, batch)](
                 counts, extents, cells, widths, rows, keys, row_tiles, **cell_sizes, M=key_tile.rows
             )
-            key_gradient_kernel[(triton.cdiv(keys, key_tile.columns), heads, batch)](
-                grad_k, grad_v, grad_out, q, k, v, lse, along, row_gain, mix, cells, widths, counts, extents, scale,
-                limit, rows, keys, row_tiles, *tensor_strides, **sizes, **launch_options(key_tile),
-            )  # fmt: skip
+            for repair in (False, True):
+                key_gradient_kernel[key_grid](
+                    grad_k, grad_v, alarms, grad_out, q, k, v, lse, along, row_gain, mix, cells, widths, counts,
+                    extents, scale, limit, rows, keys, row_tiles, *tensor_strides,
+                    **sizes, REPAIR=repair, **launch_options(key_tile),
+                )  # fmt: skip
         if shared:
             rest = (1 - mix.float()).transpose(1, 2)[..., None]
             grad_pooled.copy_((rest * grad_out).sum(1, keepdim=True))

@@ -11,6 +11,8 @@ so that all are rows a times a state, plus the products (a b^T) c with the rows 
 R rows lies as [R, V], as [V, R] where the product needs its transpose.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -202,12 +204,12 @@ def _rows(
 
 @triton.jit(do_not_specialize=["tokens", "spans"])
 def attend_kernel(
-    out, inverses, dots, a, b, c, partner, state, norm, row_factor, row_weight, column_factor, column_weight, eps,
+    out, inverses, dots, alarms, a, b, c, partner, state, norm, row_factor, row_weight, column_factor, column_weight, eps,
     tokens, spans, heads, size, columns,
     a_stride_b, a_stride_t, a_stride_h, b_stride_b, b_stride_t, b_stride_h, c_stride_b, c_stride_t, c_stride_h,
     partner_stride_b, partner_stride_t, partner_stride_h,
     DIVIDE: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, CAUSAL: tl.constexpr,
-    SPAN: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+    REPAIR: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """out = a state + (a b^T) c over the rows' own span, see above. Grid (column tiles, row tiles, B * H).
 
@@ -215,7 +217,15 @@ def attend_kernel(
     inverses of the divisors and, for each column tile, the products of partner and out.
     row_factor, row_weight, column_factor, column_weight [B, H, T]: of the tokens of a and of b, where they are given.
     state, norm: one for each span, without CAUSAL one for all.
+
+    Zero times a NaN or an infinity is NaN, which would reach tokens that do not see it. So a program whose result is not
+    finite raises an alarm, and a second launch, to REPAIR, computes its rows again.
     """
+    program = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
+    program += tl.program_id(0)
+    if REPAIR:  # noqa: SIM102 (known at compile time, unlike the next)
+        if tl.load(alarms + program) == 0:
+            return
     of_head = tl.program_id(2).to(tl.int64)
     head, batch = tl.program_id(2) % heads, (tl.program_id(2) // heads).to(tl.int64)
     first = tl.program_id(1) * T
@@ -242,16 +252,11 @@ def attend_kernel(
     end = tl.minimum(span * SPAN + SPAN if REVERSE else first + T, tokens)
     acc, total = _rows(
         a, b, c, state, norm, row, exists, begin, end, column, row_factor, row_weight, column_factor, column_weight,
-        size, columns, a_stride_t, b_stride_t, c_stride_t, DIVIDE, REVERSE, TRANSPOSED, CAUSAL, T, V, False,
+        size, columns, a_stride_t, b_stride_t, c_stride_t, DIVIDE, REVERSE, TRANSPOSED, CAUSAL, T, V, REPAIR,
     )  # fmt: skip
-    # Zero times a NaN or an infinity is NaN, which would reach tokens that do not see it.
-    if CAUSAL:  # noqa: SIM102 (known at compile time, unlike the next)
-        if not (tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) < float("inf")):
-            acc, total = _rows(
-                a, b, c, state, norm, row, exists, begin, end, column, row_factor, row_weight, column_factor,
-                column_weight, size, columns, a_stride_t, b_stride_t, c_stride_t, DIVIDE, REVERSE, TRANSPOSED, CAUSAL,
-                T, V, True,
-            )  # fmt: skip
+    if CAUSAL and not REPAIR:
+        finite = tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) < float("inf")
+        tl.store(alarms + program, (~finite).to(tl.int32))
 
     at = of_head * tokens + row
     inside = exists[:, None] & (column < columns)[None, :]
@@ -300,12 +305,16 @@ def _attend(
     batch, tokens, heads, size = a.shape
     wanted = c.shape[3]
     tile = linear_tile(a.element_size(), wanted, architecture(a.device))
-    attend_kernel[(triton.cdiv(wanted, tile.columns), triton.cdiv(tokens, tile.rows), batch * heads)](
-        out, inverses, dots, a, b, c, partner, state, norm, *rows, *columns, float(eps), tokens,
-        triton.cdiv(tokens, SPAN), heads, size, wanted, *_strides(a), *_strides(b), *_strides(c), *_strides(partner),
-        DIVIDE=divide, REVERSE=reverse, TRANSPOSED=transposed, CAUSAL=causal, SPAN=SPAN, T=tile.rows, V=tile.columns,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    grid = triton.cdiv(wanted, tile.columns), triton.cdiv(tokens, tile.rows), batch * heads
+    alarms = torch.empty(math.prod(grid), dtype=torch.int32, device=a.device)
+    for repair in (False, True) if causal else (False,):
+        attend_kernel[grid](
+            out, inverses, dots, alarms, a, b, c, partner, state, norm, *rows, *columns, float(eps), tokens,
+            triton.cdiv(tokens, SPAN), heads, size, wanted,
+            *_strides(a), *_strides(b), *_strides(c), *_strides(partner),
+            DIVIDE=divide, REVERSE=reverse, TRANSPOSED=transposed, CAUSAL=causal, REPAIR=repair, SPAN=SPAN,
+            T=tile.rows, V=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
 
 def _given(*tensors):
