@@ -47,7 +47,7 @@ def attention_tile(rows: int, size: int, element_size: int, arch: str, clip: boo
     """Of sparse attention, for the larger head size. Clipped cells take registers."""
     size, rows = power_of_two(size), power_of_two(rows)
     if element_size == 4:
-        return Tile(min(rows, 16), 32, 4 if size <= 64 else 8, 1)
+        return Tile(min(rows, 16), 32, 8, 1)
     if arch in LARGE_TILES:
         few = rows < 64
         return Tile(min(rows, 64), 32 if few or clip or size > 128 else 64, 4 if few or size <= 64 else 8, 2)
@@ -72,7 +72,7 @@ def key_gradient_tile(size: int, element_size: int, arch: str, clip: bool) -> Ti
     """Clipped cells take registers."""
     size = power_of_two(size)
     if element_size == 4:
-        return Tile(16, 16, 4 if size <= 64 else 8, 1)
+        return Tile(16, 16, 8, 1)
     if size > 128:
         return Tile(32, 32, 8, 1)
     if arch in LARGE_TILES and size <= 64:

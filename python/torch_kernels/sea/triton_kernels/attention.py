@@ -48,9 +48,9 @@ def products(
     return result
 
 
-# Zero times a NaN or an infinity is NaN, so in products these reach rows that do not keep them. A program whose result is
-# not finite raises an alarm, and a second launch repairs it: walks that leave out what is not finite, and then count how
-# many of each kind a row keeps. Rows that keep none get the same bits as without them. The kinds:
+# Zero times a NaN or an infinity is NaN, so in products these reach rows that do not keep them. A program whose result
+# is not finite raises an alarm, and a second launch repairs it: walks that leave out what is not finite, and then count
+# how many of each kind a row keeps. Rows that keep none get the same bits as without them. The kinds:
 CLEAN, INFINITY, MINUS_INFINITY, NAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 

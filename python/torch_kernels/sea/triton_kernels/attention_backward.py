@@ -142,8 +142,8 @@ def _load_gate(gate, row, exists):
 
 @triton.jit(do_not_specialize=["rows", "keys", "limit"])
 def query_gradient_kernel(
-    grad_q, grad_row_gain, grad_mix, grad_pooled, along, alarms, g, q, k, v, lse, cells, widths, row_gain, mix, pooled, scale,
-    limit, rows, keys,
+    grad_q, grad_row_gain, grad_mix, grad_pooled, along, alarms, g, q, k, v, lse, cells, widths, row_gain, mix, pooled,
+    scale, limit, rows, keys,
     g_stride_b, g_stride_t, g_stride_h, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, pooled_stride_b, pooled_stride_t, pooled_stride_h,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr,
@@ -321,8 +321,8 @@ def _key_walk(
 
 @triton.jit(do_not_specialize=["rows", "keys", "limit", "row_tiles"])
 def key_gradient_kernel(
-    grad_k, grad_v, alarms, g, q, k, v, lse, along, row_gain, mix, cells, widths, counts, extents, scale, limit, rows, keys,
-    row_tiles,
+    grad_k, grad_v, alarms, g, q, k, v, lse, along, row_gain, mix, cells, widths, counts, extents, scale, limit, rows,
+    keys, row_tiles,
     g_stride_b, g_stride_t, g_stride_h, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h,
     CELLS: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CLIP: tl.constexpr,

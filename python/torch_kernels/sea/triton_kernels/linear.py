@@ -204,8 +204,8 @@ def _rows(
 
 @triton.jit(do_not_specialize=["tokens", "spans"])
 def attend_kernel(
-    out, inverses, dots, alarms, a, b, c, partner, state, norm, row_factor, row_weight, column_factor, column_weight, eps,
-    tokens, spans, heads, size, columns,
+    out, inverses, dots, alarms, a, b, c, partner, state, norm, row_factor, row_weight, column_factor, column_weight,
+    eps, tokens, spans, heads, size, columns,
     a_stride_b, a_stride_t, a_stride_h, b_stride_b, b_stride_t, b_stride_h, c_stride_b, c_stride_t, c_stride_h,
     partner_stride_b, partner_stride_t, partner_stride_h,
     DIVIDE: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, CAUSAL: tl.constexpr,
@@ -218,8 +218,8 @@ def attend_kernel(
     row_factor, row_weight, column_factor, column_weight [B, H, T]: of the tokens of a and of b, where they are given.
     state, norm: one for each span, without CAUSAL one for all.
 
-    Zero times a NaN or an infinity is NaN, which would reach tokens that do not see it. So a program whose result is not
-    finite raises an alarm, and a second launch, to REPAIR, computes its rows again.
+    Zero times a NaN or an infinity is NaN, which would reach tokens that do not see it. So a program whose result is
+    not finite raises an alarm, and a second launch, to REPAIR, computes its rows again.
     """
     program = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
     program += tl.program_id(0)
