@@ -13,9 +13,11 @@ void bind_int4_linear(nb::module_& module);
 void bind_int4_validation(nb::module_& module);
 void bind_int8_linear(nb::module_& module);
 void bind_lightning_decoding(nb::module_& module);
-void bind_sea(nb::module_& module);
 void bind_lightning_sequences(nb::module_& module);
 void bind_lightning_validation(nb::module_& module);
+void bind_sea(nb::module_& module);
+void bind_sea_on_cpu(nb::module_& module);
+void bind_sea_validation(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -49,7 +51,9 @@ NB_MODULE(_cpu, module) {
   bind_int4_validation(module);
   bind_int8_linear(module);
   bind_lightning_decoding(module);
-  bind_sea(module);
   bind_lightning_sequences(module);
   bind_lightning_validation(module);
+  bind_sea(module);
+  bind_sea_on_cpu(module);
+  bind_sea_validation(module);
 }

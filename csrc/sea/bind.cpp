@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops that CUDA C++ serves as Python functions: outputs first, then the arguments of the op's schema in order.
-// Compiled into every native module; TORCH_KERNELS_BACKEND names the kernels it calls.
+// The ops that every module has, as Python functions: outputs first, then the schema's arguments in order.
 #include "core/bind.h"
 #include "sea/kernels.h"
 
@@ -24,11 +23,11 @@ void bind_sea(nb::module_& module) {
                                       .cells = cells,
                                       .widths = widths,
                                       .num_cells = num_cells,
+                                      .scale = scale.value_or(1 / std::sqrt(double(q.size[3]))),
                                       .max_columns = max_columns_per_cell,
                                       .row_gain = row_gain,
                                       .mix = mix,
-                                      .pooled = pooled,
-                                      .scale = scale.value_or(1 / std::sqrt(double(q.size[3])))});
+                                      .pooled = pooled});
              });
 }
 

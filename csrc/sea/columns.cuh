@@ -3,8 +3,8 @@
 #pragma once
 #include <math.h>
 
-#include "core/tensor.h"
 #include "cuda/ptx.cuh"
+#include "sea/cells.h"
 
 namespace torch_kernels {
 
@@ -16,10 +16,10 @@ struct ColumnLists {
   static constexpr int kOffsets = 0, kStarts = kOffsets + (kCells + 1) * 4, kColumns = kStarts + (kCells + 1) * 4,
                        kSums = kColumns + kList * 4, kBytes = (kSums + kRowWarps * 4 + 15) / 16 * 16;
 
-  const int32_t* bits;    // of the row
-  int64_t first_bit;      // of the head
-  int num_cells, limit;   // limit: columns that a cell gives at most
-  int64_t whole, rest;    // of the width over num_cells
+  const int32_t* bits;   // of the row
+  int64_t first_bit;     // of the head
+  int num_cells, limit;  // limit: columns that a cell gives at most
+  CellMap map;
   int first_cell = 0;     // of those to look at next
   int total = 0, at = 0;  // columns of the cells looked at last, and of them those in lists
 
@@ -29,15 +29,12 @@ struct ColumnLists {
   DEVICE ColumnLists(const Tensor& cells, const Tensor& widths, int64_t batch, int64_t row, int64_t head, int cells_,
                      int64_t max_columns, int64_t keys)
       : bits(cells.at<const int32_t>(batch, row)), first_bit(head * cells_), num_cells(cells_) {
-    int64_t width = widths.index(batch, row);
-    width = width < 0 ? 0 : width < keys ? width : keys;
+    int64_t width = width_of(widths, batch, row, keys);
+    map = {uint64_t(width), uint64_t(num_cells)};
     limit = max_columns > 0 && max_columns < INT32_MAX ? int(max_columns) : INT32_MAX;
-    whole = width / num_cells, rest = width % num_cells;
     if (width == 0) first_cell = num_cells;
   }
 
-  // (2 m w + K) // (2 K)
-  DEVICE int boundary(int cell) const { return int(cell * whole + (2 * cell * rest + num_cells) / (2 * num_cells)); }
   DEVICE bool kept(int cell) const {
     int64_t bit = first_bit + cell;
     return bits[bit / 32] >> (bit % 32) & 1;
@@ -69,9 +66,10 @@ struct ColumnLists {
     const int count = min(num_cells - first_cell, kCells), each = (count + kRowThreads - 1) / kRowThreads;
     const int begin = min(int(threadIdx.x) * each, count), end = min(begin + each, count);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int own = 0, from = boundary(first_cell + begin);
+    int own = 0, from = int(map.boundary(first_cell + begin));
     for (int i = begin; i < end; i++) {
-      int to = boundary(first_cell + i + 1), columns_of_cell = kept(first_cell + i) ? min(to - from, limit) : 0;
+      int to = int(map.boundary(first_cell + i + 1)),
+          columns_of_cell = kept(first_cell + i) ? min(to - from, limit) : 0;
       starts[i] = from, offsets[i] = columns_of_cell;
       own += columns_of_cell, from = to;
     }
@@ -111,8 +109,7 @@ struct ColumnLists {
         high = middle - 1;
     }
     int offset = offsets[low], next_offset = offsets[low + 1], start = starts[low], end = starts[low + 1];
-    int t = entry - offset, length = next_offset - offset, size = end - start;
-    return end - 1 - (length == size ? t : int(int64_t(t) * size / length));
+    return int(kept_column(start, end - start, next_offset - offset, entry - offset));
   }
 
   int looked_at = 0;

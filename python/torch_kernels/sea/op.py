@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_kernels import _checks
+from torch_kernels import _checks, _native
 from torch_kernels._registry import Backend, Op, may_choose_triton, native, triton_version, unit_stride
 from torch_kernels.sea import heuristics, reference
+from torch_kernels.sea.csr import in_two_steps
 
 MAX_HEAD_SIZE = 256
 MAX_CELLS = 1 << 20  # of a row and head, so that boundaries are exact in 64 bits
@@ -46,12 +47,18 @@ def _not_in_triton(name: str, *arguments: Any) -> str | None:
 
 
 def _backends(name: str) -> tuple[Backend, ...]:
+    def cpu() -> Callable[..., Any]:
+        if name == "sea_csr":
+            return in_two_steps(_native.cpu.sea_csr_rows, _native.cpu.sea_csr_columns)
+        return native("cpu", name)()
+
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.sea.triton_kernels"), name)
 
     in_cuda, in_triton = name in IN_CUDA, name not in NOT_IN_TRITON
     leaves = _leaves_many_rows if in_cuda and in_triton else None
     return (
+        Backend("cpu", cpu, _checks.FLOATING, unit_stride),
         *((Backend("cuda", native("cuda", name), ON_GPU, unit_stride, leaves),) if in_cuda else ()),
         *((Backend("triton", triton, ON_GPU, unit_stride, partial(_not_in_triton, name)),) if in_triton else ()),
         *((Backend("emulator", native("emulator", name), ON_GPU, unit_stride),) if in_cuda else ()),
@@ -126,11 +133,6 @@ def _check_together(op: str, **tensors: Tensor | None) -> None:
 def words(num_heads: int, num_cells: int) -> int:
     """int32 words of a row's bitset."""
     return -(-num_heads * num_cells // 32)
-
-
-def _validate_widths(op: str, widths: Tensor, most: int, what: str) -> None:
-    if widths.numel() and int(widths.max()) > most:
-        _checks.fail(op, "widths", f"at most {what}={most}", f"a width of {int(widths.max())}")
 
 
 # ---- favor_features ----
@@ -284,7 +286,7 @@ def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _validate_attention(op: str, q: Tensor, k: Tensor, v: Tensor, cells: Tensor, widths: Tensor, *_: Any) -> None:
-    _validate_widths(op, widths, k.shape[1], "Tk")
+    _native.cpu.validate_widths(op, widths, k.shape[1], "Tk")
 
 
 GATES = "Tensor? row_gain=None, Tensor? mix=None, Tensor? pooled=None"
@@ -349,7 +351,7 @@ sea_stretch = _op(
     "sea_stretch(Tensor x, Tensor widths, *, int length, float fill=0.0) -> Tensor",
     _check_stretch,
     lambda x, widths, length, *_: (x.new_empty((*x.shape[:3], length)),),
-    lambda op, x, widths, length, *_: _validate_widths(op, widths, length, "length"),
+    lambda op, x, widths, length, *_: _native.cpu.validate_widths(op, widths, length, "length"),
 )
 
 
@@ -365,7 +367,7 @@ sea_stretch_backward = _op(
     "sea_stretch_backward(Tensor grad_out, Tensor widths, *, int num_cells) -> Tensor",
     _check_stretch_backward,
     lambda grad_out, widths, num_cells: (grad_out.new_empty((*grad_out.shape[:3], num_cells)),),
-    lambda op, grad_out, widths, num_cells: _validate_widths(op, widths, grad_out.shape[3], "length"),
+    lambda op, grad_out, widths, num_cells: _native.cpu.validate_widths(op, widths, grad_out.shape[3], "length"),
 )
 
 
