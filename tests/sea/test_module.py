@@ -181,6 +181,8 @@ def test_prefill_pieces_and_steps_agree(device: str) -> None:
         y, state = layer.step(x[:, t : t + 1], state)
         parts.append(y)
     assert_near(torch.cat(parts, 1), whole)
+    nothing, same = layer(x[:, :0], state=state)
+    assert nothing.shape == (2, 0, WIDTH) and same is state
     assert not empty.features.any() and not empty.history[0].any() and empty.filled == 0
     assert state.length.tolist() == [37, 37] and state.filled == 37
     for part, expected in zip(state[:5], after[:5]):

@@ -208,6 +208,8 @@ class SEAttention(nn.Module):
     def _forward(
         self, x: Tensor, padding_mask: Tensor | None, state: SEAState | None
     ) -> tuple[Tensor, Tensor, SEAState | None]:
+        if x.shape[1] == 0:  # torch has no convolutions of that
+            return self.out_proj(x), x.new_zeros(len(x), self.num_heads, 0, self.num_cells), state
         rows = Rows.of(x, padding_mask, None if state is None else state.length)
         q, k, v = self._project(rows.pack(x))
         v = rows.cleared(v)
