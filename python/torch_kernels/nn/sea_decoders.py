@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How SEA turns the encoder's output into scores of the cells: small convolutional networks. Heads are the image's
-channels, tokens its rows, cells its columns."""
+channels, tokens its rows, cells its columns. Channels lie together in memory, which convolutions are fastest with."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class CausalDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, **options)
         self.conv1 = nn.Conv2d(channels, channels, 3, dilation=2, padding=(HISTORY, 2), **options)
         self.conv2 = nn.Conv2d(channels, channels, 3, dilation=2, padding=(HISTORY, 2), **options)
-        self.conv3 = nn.Conv2d(channels, num_heads, 1, **options)
+        self.mix = nn.Linear(channels, num_heads, bias=False, **options)
         self.out_norm = nn.LayerNorm(num_cells, **options)
-        # The last convolution runs over columns four times as many, and one more on either side that holds its bias
-        # alone; these are averaged down to K. All of that is one matrix, and the convolution can come before it.
+        # The paper repeats columns four times, mixes channels with one more column of zeros on either side, and averages
+        # down to K. Mixing can come first, the rest is one matrix, and a bias would be taken out by the norm.
         columns = F.interpolate(torch.eye(width)[None], scale_factor=4.0, mode="nearest")
         widen = F.adaptive_avg_pool1d(F.pad(columns, (1, 1)), num_cells)[0]
         device, dtype = options.get("device"), options.get("dtype")
@@ -46,13 +46,12 @@ class CausalDecoder(nn.Module):
     ) -> tuple[Tensor, History | None]:
         """z ``[B, T, H, size]``, of whose rows lengths ``[B]`` count if given: scores ``[B, H, T, K]``, and the history
         after these rows if one is given."""
-        x = self.norm(self.linear(z).unflatten(-1, (CHANNELS, -1))).flatten(2, 3).transpose(1, 2)  # [B, 2H, T, K/4]
+        x = _image(self.norm(self.linear(z).unflatten(-1, (CHANNELS, -1))))  # [B, 2H, T, K/4]
         first, second = (None, None) if history is None else history
         x, first = _causal_convolution(self.conv1, x, first, lengths)
         x, second = _causal_convolution(self.conv2, F.relu(x), second, lengths)
-        x = F.conv2d(F.relu(x), self.conv3.weight)
-        bias = self.conv3.bias[:, None, None] if self.conv3.bias is not None else 0.0
-        scores = self.out_norm(x @ self.widen + bias)
+        x = self.mix(F.relu(x).permute(0, 2, 3, 1)).transpose(2, 3)  # [B, T, H, K/4]
+        scores = self.out_norm(x @ self.widen).transpose(1, 2)
         return scores, None if first is None or second is None else (first, second)
 
 
@@ -86,12 +85,17 @@ class BidirectionalDecoder(nn.Module):
     def forward(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
         """z ``[B, T, H, size]``, of whose rows lengths ``[B]`` count if given: scores ``[B, H, T, K]``."""
         rows = z.shape[1]
-        x = self.linear(z).unflatten(-1, (4, -1)).flatten(2, 3).transpose(1, 2)  # [B, 4H, T, K/2]
+        x = _image(self.linear(z).unflatten(-1, (4, -1)))  # [B, 4H, T, K/2]
         x = F.relu(self.conv1(_without_padding(x, lengths)))
         half = None if lengths is None else (lengths + 1) // 2
         x = F.relu(self.conv2(_without_padding(x, half)))
         x = self.conv3(_without_padding(x, half).repeat_interleave(2, dim=2))[:, :, :rows]
         return F.interpolate(x, size=(rows, self.num_cells), mode="bilinear", align_corners=False)
+
+
+def _image(x: Tensor) -> Tensor:
+    """x ``[B, T, H, C, W]`` as ``[B, H C, T, W]``, whose channels lie together."""
+    return x.flatten(2, 3).transpose(2, 3).contiguous().permute(0, 3, 1, 2)
 
 
 def _without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
