@@ -30,7 +30,7 @@ class CausalDecoder(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, dilation=2, padding=(HISTORY, 2), **options)
         self.mix = nn.Linear(channels, num_heads, bias=False, **options)
         self.out_norm = nn.LayerNorm(num_cells, **options)
-        # The paper repeats columns four times, mixes channels with one more column of zeros on either side, and averages
+        # The paper repeats columns four times, mixes channels over one more column of zeros on either side, averages
         # down to K. Mixing can come first, the rest is one matrix, and a bias would be taken out by the norm.
         columns = F.interpolate(torch.eye(width)[None], scale_factor=4.0, mode="nearest")
         widen = F.adaptive_avg_pool1d(F.pad(columns, (1, 1)), num_cells)[0]
