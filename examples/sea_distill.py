@@ -40,8 +40,8 @@ class Config:
     hidden: int = 512
     window: int = 256
     batch: int = 8
-    steps: int = 400
-    student_steps: int = 250
+    steps: int = 500
+    student_steps: int = 150
     learning_rate: float = 1e-2
     num_cells: int = 64
     k: int = 16

@@ -49,8 +49,8 @@ class CausalDecoder(nn.Module):
         x = _image(self.norm(self.linear(z).unflatten(-1, (CHANNELS, -1))))  # [B, 2H, T, K/4]
         first, second = (None, None) if history is None else history
         x, first = _causal_convolution(self.conv1, x, first, lengths)
-        x, second = _causal_convolution(self.conv2, F.relu(x), second, lengths)
-        x = self.mix(F.relu(x).permute(0, 2, 3, 1)).transpose(2, 3)  # [B, T, H, K/4]
+        x, second = _causal_convolution(self.conv2, x.relu_(), second, lengths)
+        x = self.mix(x.relu_().permute(0, 2, 3, 1)).transpose(2, 3)  # [B, T, H, K/4]
         scores = self.out_norm(x @ self.widen).transpose(1, 2)
         return scores, None if first is None or second is None else (first, second)
 
@@ -86,9 +86,9 @@ class BidirectionalDecoder(nn.Module):
         """z ``[B, T, H, size]``, of whose rows lengths ``[B]`` count if given: scores ``[B, H, T, K]``."""
         rows = z.shape[1]
         x = _image(self.linear(z).unflatten(-1, (4, -1)))  # [B, 4H, T, K/2]
-        x = F.relu(self.conv1(_without_padding(x, lengths)))
+        x = self.conv1(_without_padding(x, lengths)).relu_()
         half = None if lengths is None else (lengths + 1) // 2
-        x = F.relu(self.conv2(_without_padding(x, half)))
+        x = self.conv2(_without_padding(x, half)).relu_()
         x = self.conv3(_without_padding(x, half).repeat_interleave(2, dim=2))[:, :, :rows]
         return F.interpolate(x, size=(rows, self.num_cells), mode="bilinear", align_corners=False)
 
