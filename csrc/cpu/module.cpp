@@ -15,6 +15,9 @@ void bind_int8_linear(nb::module_& module);
 void bind_lightning_decoding(nb::module_& module);
 void bind_lightning_sequences(nb::module_& module);
 void bind_lightning_validation(nb::module_& module);
+void bind_sea(nb::module_& module);
+void bind_sea_on_cpu(nb::module_& module);
+void bind_sea_validation(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -50,4 +53,7 @@ NB_MODULE(_cpu, module) {
   bind_lightning_decoding(module);
   bind_lightning_sequences(module);
   bind_lightning_validation(module);
+  bind_sea(module);
+  bind_sea_on_cpu(module);
+  bind_sea_validation(module);
 }

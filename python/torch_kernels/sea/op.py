@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_kernels import _checks
-from torch_kernels._registry import Backend, Op
+from torch_kernels import _checks, _native
+from torch_kernels._registry import Backend, Op, native, unit_stride
 from torch_kernels.sea import reference
+from torch_kernels.sea.csr import in_two_steps
 
 MAX_HEAD_SIZE = 256
 MAX_CELLS = 1 << 20  # of a row and head, so that boundaries are exact in 64 bits
@@ -21,7 +22,15 @@ ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _backends(name: str) -> tuple[Backend, ...]:
-    return (Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),)
+    def cpu() -> Callable[..., Any]:
+        if name == "sea_csr":
+            return in_two_steps(_native.cpu.sea_csr_rows, _native.cpu.sea_csr_columns)
+        return native("cpu", name)()
+
+    return (
+        Backend("cpu", cpu, _checks.FLOATING, accepts=unit_stride),
+        Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
+    )
 
 
 def _op(
@@ -91,11 +100,6 @@ def _check_together(op: str, **tensors: Tensor | None) -> None:
 def words(num_heads: int, num_cells: int) -> int:
     """int32 words of a row's bitset."""
     return -(-num_heads * num_cells // 32)
-
-
-def _validate_widths(op: str, widths: Tensor, most: int, what: str) -> None:
-    if widths.numel() and int(widths.max()) > most:
-        _checks.fail(op, "widths", f"at most {what}={most}", f"a width of {int(widths.max())}")
 
 
 # ---- favor_features ----
@@ -249,7 +253,7 @@ def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _validate_attention(op: str, q: Tensor, k: Tensor, v: Tensor, cells: Tensor, widths: Tensor, *_: Any) -> None:
-    _validate_widths(op, widths, k.shape[1], "Tk")
+    _native.cpu.validate_widths(op, widths, k.shape[1], "Tk")
 
 
 GATES = "Tensor? row_gain=None, Tensor? mix=None, Tensor? pooled=None"
@@ -314,7 +318,7 @@ sea_stretch = _op(
     "sea_stretch(Tensor x, Tensor widths, *, int length, float fill=0.0) -> Tensor",
     _check_stretch,
     lambda x, widths, length, *_: (x.new_empty((*x.shape[:3], length)),),
-    lambda op, x, widths, length, *_: _validate_widths(op, widths, length, "length"),
+    lambda op, x, widths, length, *_: _native.cpu.validate_widths(op, widths, length, "length"),
 )
 
 
@@ -330,7 +334,7 @@ sea_stretch_backward = _op(
     "sea_stretch_backward(Tensor grad_out, Tensor widths, *, int num_cells) -> Tensor",
     _check_stretch_backward,
     lambda grad_out, widths, num_cells: (grad_out.new_empty((*grad_out.shape[:3], num_cells)),),
-    lambda op, grad_out, widths, num_cells: _validate_widths(op, widths, grad_out.shape[3], "length"),
+    lambda op, grad_out, widths, num_cells: _native.cpu.validate_widths(op, widths, grad_out.shape[3], "length"),
 )
 
 
