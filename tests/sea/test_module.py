@@ -250,7 +250,7 @@ def test_trains(any_device: str, causal: bool) -> None:
     if causal:
         attention = attention.masked_fill(~torch.ones(24, 24, dtype=torch.bool, device=any_device).tril(), -torch.inf)
     attention, wanted = attention.softmax(-1), x.roll(1, 1)
-    optimizer, losses = torch.optim.Adam(layer.parameters(), 3e-3), []
+    optimizer, losses = torch.optim.Adam(layer.parameters(), 1e-2), []
     for _ in range(12):
         y, estimate = layer(x, return_map=True)
         student = layer.dense_attention(x)
