@@ -92,3 +92,22 @@ def test_graph_kv_rag(tmp_path: Path) -> None:
     assert float(re.search(r"differ by at most (\S+) of the largest", out)[1]) < 1e-5, out
     assert "2 ■ ■ ◣ ·" in out and len(out.splitlines()[-1].split()) == 3, out
     assert not find_spec("matplotlib") or plot.stat().st_size > 0
+
+
+def test_sea_distill(tmp_path: Path) -> None:
+    words = "--quick --steps 12 --student-steps 4 --device cpu --plot".split()
+    result = subprocess.run(
+        [sys.executable, "examples/sea_distill.py", *words, str(tmp_path / "x")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^(\S.*?) +([\d.]+) +([\d.]+) +(\w+)$", result.stdout, re.M)
+    names = [name for name, *_ in rows if name != "SEA, k set after training"]
+    assert names == ["teacher", "attention, distilled", "SEA, distilled", "linear attention, distilled"], result.stdout
+    assert all(float(bits) < 7.5 and abs(2 ** float(bits) / float(ppl) - 1) < 1e-2 for _, bits, ppl, _ in rows), rows
+    assert [int(keys) for name, *_, keys in rows if "k set" in name] == [2, 4, 16, 32, 64]
+    pictures = [tmp_path / "x.svg", tmp_path / "x-maps.png"]
+    assert not find_spec("matplotlib") or all(picture.stat().st_size > 0 for picture in pictures)
