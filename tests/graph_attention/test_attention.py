@@ -11,6 +11,7 @@ import torch
 import torch_kernels
 from hypothesis import strategies as st
 from torch import Tensor
+from torch_kernels.graph_attention import heuristics
 
 from ..backends import Backend, for_all
 from ..tolerance import assert_accurate, ulp
@@ -57,25 +58,26 @@ def test_tokens_and_segments_of_one_number_need_not_match(backend: Backend) -> N
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_head_sizes(backend: Backend, head_size: int) -> None:
-    lengths: dict[str, Any] = {"q_lengths": (3, 1), "kv_lengths": (7, 5)} if backend.slow else {}
+    small: dict[str, Any] = {"q_lengths": (3,), "kv_lengths": (7, 5), "kv_heads": 1} if backend.slow else {}
     for dtype in backend.dtypes:
-        check(backend, Case(head_size=head_size, value_size=head_size, dtype=dtype, rope="half", **lengths))
-    check(backend, Case(head_size=head_size, value_size=24, rope="interleaved", **lengths))
+        check(backend, Case(head_size=head_size, value_size=head_size, dtype=dtype, rope="half", **small))
+    if not backend.slow:
+        check(backend, Case(head_size=head_size, value_size=24, rope="interleaved"))
 
 
 @pytest.mark.parametrize("group", (*GROUPS, 17))
 def test_groups(backend: Backend, group: int) -> None:
-    for kv_heads in (1, 2):
+    for kv_heads in (2,) if backend.slow else (1, 2):
         check(backend, Case(group=group, kv_heads=kv_heads, head_size=40, value_size=40, seed=group, rope="half"))
 
 
-@pytest.mark.parametrize("position", [0, 1000, 264_000, 2**30])
 @pytest.mark.parametrize("rope", ["half", "interleaved"])
-def test_positions(backend: Backend, position: int, rope: str) -> None:
-    case = Case(q_lengths=(9,), kv_lengths=(5, 12), rope=rope, own="all", density=1.0, own_start=True)
-    args = make(case, backend.device)
-    args["q_start"] = torch.full_like(args["q_start"], position)
-    check_values(*run(backend, args), args)
+def test_positions(backend: Backend, rope: str) -> None:
+    case = Case(q_lengths=(9,), kv_lengths=(5, 12), rope=rope, own="all", density=1.0, own_start=True, kv_heads=1)
+    for position in (0, 264_000, 2**30):
+        args = make(case.replace(head_size=24, value_size=16), backend.device)
+        args["q_start"] = torch.full_like(args["q_start"], position)
+        check_values(*run(backend, args), args)
 
 
 def test_many_tiny_segments_next_to_a_long_one(backend: Backend) -> None:
@@ -88,9 +90,12 @@ def test_many_tiny_segments_next_to_a_long_one(backend: Backend) -> None:
         check(backend, case.replace(rope=rope, page=page, shared_starts=page > 0))
 
 
-def test_long_sources_of_one_token(backend: Backend) -> None:
+def test_long_sources_of_one_token(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     # Long enough to be split over blocks or threads by every backend.
     lengths = (300, 1, 200) if backend.slow else (5001, 3, 2048, 700)
+    if backend.slow and backend.name == "triton":
+        monkeypatch.setattr(heuristics, "MIN_SPLIT", 64)
+        lengths = (130, 1, 70)
     for page in (0, 64):
         case = Case(
             q_lengths=(1, 1), kv_lengths=lengths, density=1.0, kv_heads=1, head_size=16, value_size=16, page=page
@@ -125,7 +130,7 @@ def test_segment_graph(backend: Backend) -> None:
         torch_kernels.SegmentGraph.chain(lengths),
     ):
         generator = torch.Generator().manual_seed(1)
-        q, k, v = (torch.randn(sum(lengths), heads, 16, generator=generator).to(backend.device) for heads in (4, 2, 2))
+        q, k, v = (torch.randn(sum(lengths), heads, 16, generator=generator).to(backend.device) for heads in (2, 1, 1))
         inv_freq = torch.logspace(0, -3, 8).to(backend.device)
         graph = graph.to(backend.device)
         args = dict(zip(GRAPH, graph.arguments)) | {"q": q, "k": k, "v": v, "inv_freq": inv_freq}

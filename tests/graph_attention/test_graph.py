@@ -78,9 +78,9 @@ def test_mask_and_picture() -> None:
         [1, 1, 0, 1, 1],
     ]
     assert graph.draw().splitlines() == ["  0 1 2", "0 ◣ · ·", "1 · ◣ ■", "2 ■ · ◣"]
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    assert len(graph.plot().patches) == 2 + 3
+    figures = pytest.importorskip("matplotlib.figure")
+    axes = figures.Figure().subplots()
+    assert graph.plot(axes) is axes and len(axes.patches) == 2 + 3
 
 
 def test_examples_in_docstrings() -> None:

@@ -175,10 +175,12 @@ class SegmentGraph:
 
     def plot(self, axes: Any = None) -> Any:
         """The mask as a picture in which a token is a token (needs matplotlib). Returns the axes."""
-        import matplotlib.pyplot as plt
         from matplotlib.patches import Polygon, Rectangle
 
-        axes = plt.subplots(figsize=(4, 4))[1] if axes is None else axes
+        if axes is None:
+            from matplotlib import pyplot
+
+            axes = pyplot.subplots(figsize=(4, 4))[1]
         begin = [sum(self.lengths[:s]) for s in range(len(self.lengths) + 1)]
         end = begin[-1]
         for source, target in self.edges:
