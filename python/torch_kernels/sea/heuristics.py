@@ -43,14 +43,19 @@ def head_chunk(size: int, element_size: int) -> int:
     return min(power_of_two(size), 32) if element_size == 4 else power_of_two(size)
 
 
+def _warps(small: bool, arch: str) -> int:
+    """sm_100 moves accumulators between tensor memory and registers, and has too few of these in four warps."""
+    return 4 if small and arch != "sm_100" else 8
+
+
 def attention_tile(rows: int, size: int, element_size: int, arch: str, clip: bool) -> Tile:
     """Of sparse attention, for the larger head size. Clipped cells take registers."""
     size, rows = power_of_two(size), power_of_two(rows)
     if element_size == 4:
-        return Tile(min(rows, 16), 32, 8, 1)
+        return Tile(min(rows, 16), 16, 8, 1)
     if arch in LARGE_TILES:
         few = rows < 64
-        return Tile(min(rows, 64), 32 if few or clip or size > 128 else 64, 4 if few or size <= 64 else 8, 2)
+        return Tile(min(rows, 64), 32 if few or clip or size > 128 else 64, _warps(few or size <= 64, arch), 2)
     if size > 64:
         rows = min(rows, 32)
     return Tile(min(rows, 64), 32, 8 if size > 128 else 4, 2)
@@ -62,7 +67,7 @@ def query_gradient_tile(size: int, element_size: int, arch: str, clip: bool) -> 
     if element_size == 4:
         return Tile(16, 16, 8, 1)
     if arch in LARGE_TILES and size <= 128:
-        return Tile(64, 64 if size <= 64 and not clip else 32, 4 if size <= 64 else 8, 1)
+        return Tile(64, 64 if size <= 64 and not clip else 32, _warps(size <= 64, arch), 1)
     if size <= 64:
         return Tile(64, 32, 8, 1)
     return Tile(32, 32, 4, 1) if size <= 128 else Tile(16, 32, 4, 1)
@@ -76,7 +81,7 @@ def key_gradient_tile(size: int, element_size: int, arch: str, clip: bool) -> Ti
     if size > 128:
         return Tile(32, 32, 8, 1)
     if arch in LARGE_TILES and size <= 64:
-        return Tile(64, 64, 4, 1)
+        return Tile(64, 64, _warps(True, arch), 1)
     return Tile(16 if clip and arch in LARGE_TILES else 32, 64, 8, 1)
 
 
