@@ -76,7 +76,8 @@ WRONG: list[tuple[str, int, str, Any, str]] = [
     ("sea_stretch", 0, "length", value(-1), "length"),
     ("sea_stretch_backward", 0, "grad_out", flat, "grad_out"),
     ("sea_stretch_backward", 0, "num_cells", value(0), "num_cells"),
-    *[("sea_csr", 0, name, change, "cells|widths") for name in ("cells", "widths") for change in (flat, shorter, fewer)],
+    *[("sea_csr", 0, name, change, "cells|widths") for name in ("cells", "widths")
+      for change in (flat, shorter, fewer)],
     *[("sea_csr", 0, name, value(0), f"{name}|cells") for name in ("num_heads", "num_cells")],
     *[("running_mean", 1, "v", change, "v|sum") for change in (flat, fewer, cast(I32))],
     *[("running_mean", 1, name, change, "sum|count") for name in ("sum", "count")

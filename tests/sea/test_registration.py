@@ -100,7 +100,7 @@ def test_training_compiles_without_a_break(any_backend: Backend) -> None:
 
     def loss(q: Tensor, scores: Tensor, widths: Tensor) -> Tensor:
         cells = torch_kernels.sea_select(scores, widths, k=2)
-        out, _ = torch_kernels.sea_attention(q, q, q, cells, widths, num_cells=4)
+        out, _ = torch_kernels.sea_attention(q, q + 1, q * 2, cells, widths, num_cells=4)
         stretched = torch_kernels.sea_stretch(scores, widths, length=q.shape[1])
         return out.square().sum() + stretched.sum()
 
