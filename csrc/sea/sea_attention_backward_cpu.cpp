@@ -10,8 +10,6 @@
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
 
-constexpr int64_t kRows = 256;
-
 // What the second part needs of every row, [B, H, Tq]: log2 of the sum of exponentials, and a.
 template <class Real>
 struct RowFacts {
@@ -25,8 +23,8 @@ double factor_of(const SeaAttentionParams& p, int64_t b, int64_t h, int64_t i) {
 template <class Stored>
 void load_grad(const SeaAttentionBackwardParams& p, int64_t b, int64_t i, int64_t h, RealOf<Stored>* to) {
   int64_t size = p.grad_out.size[3];
-  convert(p.grad_out.at<const Stored>(b, i, h), to, size);
-  std::fill(to + size, to + padded_size(size), RealOf<Stored>(0));
+  prefetch_row<Stored>(p.grad_out, b, i + kAhead, h);
+  PackedKeys<Stored>::load_padded(p.grad_out.at<const Stored>(b, i, h), to, size);
 }
 
 template <class Stored>
@@ -34,8 +32,16 @@ class QueryGradients {
   using Real = RealOf<Stored>;
 
  public:
-  QueryGradients(const SeaAttentionBackwardParams& params, int64_t b, int64_t h, int64_t first, int64_t rows)
-      : params(params), p(params.forward), b(b), h(h), first(first), rows(rows), range(range_of<Real>(p)), kv(p, b, h) {
+  QueryGradients(const SeaAttentionBackwardParams& params, const PackedKeys<Stored>& packed, int64_t b, int64_t h,
+                 int64_t first, int64_t rows)
+      : params(params),
+        p(params.forward),
+        b(b),
+        h(h),
+        first(first),
+        rows(rows),
+        range(range_of<Real>(p)),
+        kv(p, b, h, &packed) {
     static thread_local Scratch::Block memory;
     Scratch::plan(memory, [&](Scratch& scratch) {
       kv.take(scratch, range);
@@ -48,7 +54,6 @@ class QueryGradients {
       weights = scratch.take<Real>(range + kLanes<Real>);
       along = scratch.take<Real>(range + kLanes<Real>);
     });
-    kv.prepare(range);
   }
 
   void run(const RowFacts<Real>& facts) {
@@ -58,17 +63,9 @@ class QueryGradients {
     sums.clear(rows);
     std::fill_n(part, sums.width, Real(0));
     for (int64_t start = 0; start < keys; start += range) {
-      int64_t end = std::min(start + range, keys), total = columns.enter(start, end);
-      if (total == 0) continue;
-      bool shared = total > (end - start) / 2;
-      if (shared) kv.load(start, end);
-      for (int64_t r = 0; r < rows; r++) {
-        int64_t count = columns.count(r);
-        if (count == 0) continue;
-        const int32_t* index = columns.index(r);
-        if (!shared) index = kv.gather(start, index, count);
-        add(r, index, count);
-      }
+      int64_t end = std::min(start + range, keys);
+      kv.enter(start);
+      columns.walk(start, end, [&](int64_t r, const int32_t* index, int64_t count) { add(r, index, count); });
     }
     for (int64_t r = 0; r < rows; r++) finish(r, facts);
   }
@@ -131,8 +128,8 @@ class KeyGradients {
   using Real = RealOf<Stored>;
 
  public:
-  KeyGradients(const SeaAttentionBackwardParams& params, int64_t b, int64_t h)
-      : params(params), p(params.forward), b(b), h(h), range(range_of<Real>(p)), kv(p, b, h) {
+  KeyGradients(const SeaAttentionBackwardParams& params, const PackedKeys<Stored>& packed, int64_t b, int64_t h)
+      : params(params), p(params.forward), b(b), h(h), range(range_of<Real>(p)), kv(p, b, h, &packed) {
     static thread_local Scratch::Block memory;
     Scratch::plan(memory, [&](Scratch& scratch) {
       kv.take(scratch, range);
@@ -148,15 +145,13 @@ class KeyGradients {
   void run(int64_t start, const RowFacts<Real>& facts) {
     static thread_local ChunkColumns columns;
     int64_t end = std::min(start + range, p.k.size[1]), rows = p.q.size[1];
-    kv.load(start, end);
+    kv.enter(start);
     std::fill_n(grad_keys, (end - start) * kv.key_size, Real(0));
     std::fill_n(grad_values, (end - start) * kv.value_size, Real(0));
-    for (int64_t first = 0; first < rows; first += kRows) {
-      int64_t chunk = std::min(kRows, rows - first);
-      columns.start(p, b, h, first, chunk, start, end);
-      if (columns.enter(start, end) == 0) continue;
-      for (int64_t r = 0; r < chunk; r++)
-        if (columns.count(r)) add(first + r, columns.index(r), columns.count(r), facts);
+    for (int64_t first = 0; first < rows; first += ChunkColumns::kRows) {
+      columns.start(p, b, h, first, std::min(ChunkColumns::kRows, rows - first), start, end);
+      columns.walk(start, end,
+                   [&](int64_t r, const int32_t* index, int64_t count) { add(first + r, index, count, facts); });
     }
     for (int64_t j = start; j < end; j++) {
       convert(grad_keys + (j - start) * kv.key_size, params.grad_k.at<Stored>(b, j, h), p.q.size[3]);
@@ -218,15 +213,18 @@ void sea_attention_backward(const SeaAttentionBackwardParams& params) {
       facts.log2_sum = scratch.take<Real>(batch * heads * rows);
       facts.along = scratch.take<Real>(batch * heads * rows);
     });
-    int64_t chunks = (rows + kRows - 1) / kRows;
-    parallel_for(batch * heads * chunks, kRows * 8192, [&](int64_t item) {
-      int64_t first = (chunks - 1 - item % chunks) * kRows, head = item / chunks;
-      QueryGradients<Stored>(params, head / heads, head % heads, first, std::min(kRows, rows - first)).run(facts);
+    PackedKeys<Stored> packed(p);
+    int64_t of_chunk = rows_of_chunk(p);
+    int64_t chunks = (rows + of_chunk - 1) / of_chunk;
+    parallel_for(batch * heads * chunks, std::min(rows, of_chunk) * 8192, [&](int64_t item) {
+      int64_t first = (chunks - 1 - item % chunks) * of_chunk, head = item / chunks;
+      QueryGradients<Stored>(params, packed, head / heads, head % heads, first, std::min(of_chunk, rows - first))
+          .run(facts);
     });
     int64_t range = range_of<Real>(p), ranges = (keys + range - 1) / range;
     parallel_for(batch * heads * ranges, range * 1024, [&](int64_t item) {
       int64_t head = item / ranges;
-      KeyGradients<Stored>(params, head / heads, head % heads).run(item % ranges * range, facts);
+      KeyGradients<Stored>(params, packed, head / heads, head % heads).run(item % ranges * range, facts);
     });
     if (p.pooled && p.pooled.size[1] == 1)
       parallel_for(batch * heads, rows * p.v.size[3],

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sparse attention, forward.
+#include <optional>
+
 #include "sea/gather_cpu.h"
 #include "sea/kernels.h"
 
@@ -8,8 +10,6 @@ namespace {
 
 // A few rows against a long cache: then ranges are shared out, too, and their sums merged when all are there.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kMostRows = 512;
-
 // The sums of every row and range, [B * H * Tq][ranges]; a maximum of -inf with a sum of 0 where there is nothing.
 template <class Real>
 struct Parts {
@@ -22,8 +22,9 @@ class Forward {
   using Real = RealOf<Stored>;
 
  public:
-  Forward(const SeaAttentionParams& p, int64_t b, int64_t h, int64_t first, int64_t rows)
-      : p(p), b(b), h(h), first(first), rows(rows), range(range_of<Real>(p)), kv(p, b, h) {
+  Forward(const SeaAttentionParams& p, int64_t b, int64_t h, int64_t first, int64_t rows,
+          const PackedKeys<Stored>* packed)
+      : p(p), b(b), h(h), first(first), rows(rows), range(range_of<Real>(p)), kv(p, b, h, packed) {
     static thread_local Scratch::Block memory;
     Scratch::plan(memory, [&](Scratch& scratch) {
       kv.take(scratch, range);
@@ -32,7 +33,6 @@ class Forward {
       scores = scratch.take<Real>(range + kLanes<Real>);
       part = scratch.take<Real>(kv.value_size);
     });
-    kv.prepare(range);
   }
 
   void run() {
@@ -81,21 +81,16 @@ class Forward {
     static thread_local ChunkColumns columns;
     columns.start(p, b, h, first, rows, from, to);
     for (int64_t start = from; start < to; start += range) {
-      int64_t end = std::min(start + range, to), total = columns.enter(start, end);
-      if (total == 0) continue;
-      bool shared = total > (end - start) / 2;
-      if (shared) kv.load(start, end);
-      for (int64_t r = 0; r < rows; r++) {
-        int64_t count = columns.count(r);
-        if (count == 0) continue;
-        const int32_t* index = columns.index(r);
-        if (!shared) index = kv.gather(start, index, count);
+      int64_t end = std::min(start + range, to);
+      kv.enter(start);
+      columns.walk(start, end, [&](int64_t r, const int32_t* index, int64_t count) {
+        index = kv.find(index, count);
         load_query<Stored>(p, b, first + r, h, query);
         multiply_rows(query, kv.key_size, kv.keys, index, count, scores);
         Softmax<Real> softmax(scores, count);
         sum_rows(scores, kv.values, kv.value_size, index, count, part);
         done(r, start, softmax);
-      }
+      });
     }
   }
 
@@ -118,7 +113,7 @@ void attend_in_parts(const SeaAttentionParams& p, int64_t groups, int64_t cost) 
   parallel_for(batch * heads * groups, cost, [&](int64_t item) {
     int64_t b = item / groups / heads, h = item / groups % heads, group = item % groups;
     int64_t from = parts.ranges * group / groups, to = parts.ranges * (group + 1) / groups;
-    Forward<Stored>(p, b, h, 0, rows).run(from, to, parts);
+    Forward<Stored>(p, b, h, 0, rows, nullptr).run(from, to, parts);
   });
   parallel_for(batch * heads, rows * (parts.ranges + size), [&](int64_t item) {
     static thread_local Scratch::Block own;
@@ -151,12 +146,13 @@ void sea_attention(const SeaAttentionParams& p) {
     int64_t groups = std::min(ranges, 2 * threads / (batch * heads));
     if (rows <= kFewRows && groups > 1 && threads > 1)
       return attend_in_parts<Stored>(p, groups, rows * (keys / groups / 8 + 1024));
-    int64_t of_chunk = std::clamp(rows * batch * heads / (4 * threads), kFewRows, kMostRows);
-    int64_t chunks = (rows + of_chunk - 1) / of_chunk;
+    std::optional<PackedKeys<Stored>> packed;
+    if (kFewRows * rows >= keys) packed.emplace(p);
+    int64_t of_chunk = rows_of_chunk(p), chunks = (rows + of_chunk - 1) / of_chunk;
     parallel_for(batch * heads * chunks, std::min(rows, of_chunk) * 4096, [&](int64_t item) {
-      int64_t chunk = chunks - 1 - item % chunks;  // the last rows of causal attention take longest
-      int64_t first = chunk * of_chunk;
-      Forward<Stored>(p, item / chunks / heads, item / chunks % heads, first, std::min(of_chunk, rows - first)).run();
+      int64_t first = (chunks - 1 - item % chunks) * of_chunk;  // the last rows of causal attention take longest
+      int64_t b = item / chunks / heads, h = item / chunks % heads;
+      Forward<Stored>(p, b, h, first, std::min(of_chunk, rows - first), packed ? &*packed : nullptr).run();
     });
   });
 }

@@ -86,9 +86,7 @@ class Selection {
     int64_t above = threshold == std::numeric_limits<Key>::max() ? 0 : count_from(keys, padded, Key(threshold + 1));
     int64_t of_threshold = n - above;
     for (int64_t w = 0; w < filled; w++) {
-      MaskOf<Key> reaches{};
-      for (int64_t i = 0; i < 32; i += kLane) reaches |= load(keys + 32 * w + i) >= threshold;
-      if (none(reaches)) continue;
+      if (all_below(keys + 32 * w, threshold)) continue;
       for (int64_t i = 0; i < 32; i++) {
         Key key = keys[32 * w + i];
         if (key > threshold || (key == threshold && of_threshold-- > 0)) words[w] |= int32_t(1u << i);
@@ -107,19 +105,21 @@ class Selection {
     }
     Key least = nth_largest(likely, groups, n);
     int64_t found = 0;
-    for (int64_t i = 0; i < padded; i += kLane) {
-      MaskOf<Key> in = load(keys + i) >= least;
-      if (none(in)) continue;
-      for (int j = 0; j < kLane; j++)
-        if (keys[i + j] >= least) likely[found++] = keys[i + j];
+    for (int64_t i = 0; i < padded; i += 32) {
+      if (all_below(keys + i, least)) continue;
+      for (int64_t j = i; j < i + 32; j++)
+        if (keys[j] >= least) likely[found++] = keys[j];
     }
     while (found % kLane) likely[found++] = kPadding;
     return nth_largest(likely, found, n);
   }
 
-  static bool none(MaskOf<Key> mask) {
+  // 32 keys.
+  static bool all_below(const Key* from, Key least) {
+    MaskOf<Key> reaches{};
+    for (int64_t i = 0; i < 32; i += kLane) reaches |= load(from + i) >= least;
     uint64_t words[kVectorBytes / 8], all = 0;
-    std::memcpy(words, &mask, sizeof words);
+    std::memcpy(words, &reaches, sizeof words);
     for (uint64_t word : words) all |= word;
     return all == 0;
   }

@@ -120,8 +120,9 @@ def test_rows_of_several_ranges(backend: Backend, dtype: torch.dtype) -> None:
     case = LONG.replace(dtype=dtype)
     check(backend, case.replace(rows=2, keys=150, heads=1) if backend.slow else case)
     if not backend.slow:
-        check(backend, case.replace(rows=40, keys=1300))  # rows share what they keep
-        check_backward(backend, case.replace(rows=40, keys=1300, gates="shared"))
+        packed = case.replace(rows=80, keys=1100, widths="full", kept=0.05)  # keys and values are copied for all rows
+        check(backend, packed)
+        check_backward(backend, packed.replace(gates="shared"))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -212,9 +213,9 @@ def check_args(backend: Backend, case: Case, args: dict[str, Any]) -> None:
 
 def test_rows_are_computed_alone(backend: Backend) -> None:
     """The same bits in any batch, and for a last row that decodes against the cache."""
-    case = Case(batch=2, rows=5 if backend.slow else 30, keys=40, num_cells=8, kept=0.5, gates="all", size=32)
+    case = Case(batch=2, rows=5 if backend.slow else 100, keys=40, num_cells=8, kept=0.5, gates="all", size=32)
     if not backend.slow:
-        case = case.replace(keys=1500)
+        case = case.replace(keys=1100, kept=0.1)
     args = make(case, backend.device)
     together, lse = run(backend, args)
     for b, i in ((0, 0), (1, case.rows - 1)):

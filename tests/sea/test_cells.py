@@ -92,8 +92,8 @@ def stretched(x: Tensor, widths: Tensor, length: int, fill: float) -> Tensor:
     out = x.new_full((*x.shape[:3], length), fill)
     for b, of_rows in enumerate(widths.tolist()):
         for i, width in enumerate(of_rows):
-            for column in range(min(width, length)):
-                out[b, :, i, column] = x[b, :, i, oracle.cell_of(column, width, x.shape[3])]
+            if width > 0:
+                out[b, :, i, :width] = x[b, :, i, oracle.kept_cells(width, x.shape[3], 0)]
     return out
 
 

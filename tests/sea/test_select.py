@@ -44,11 +44,11 @@ def scores_of(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
 
 
-@for_all(data=st.data(), examples=25)
+@for_all(data=st.data(), examples=15)
 def test_matches_sorting(backend: Backend, data: st.DataObject) -> None:
     draw = data.draw
-    heads, rows = draw(st.integers(1, 3 if backend.slow else 12)), draw(st.integers(0, 3))
-    num_cells = draw(st.sampled_from([1, 8, 33] if backend.slow else [1, 7, 32, 100, 256]))
+    heads, rows = draw(st.integers(1, 3 if backend.slow else 12)), draw(st.integers(0, 2))
+    num_cells = draw(st.sampled_from([1, 8, 33] if backend.slow else [1, 7, 32, 100]))
     shape = (draw(st.integers(0, 2)), heads, rows, num_cells)
     scores = scores_of(draw(st.sampled_from(["distinct", "ties", "specials", "equal", "lost"])), shape, draw(seeds))
     scores = scores.to(draw(st.sampled_from(backend.dtypes)))
@@ -88,6 +88,13 @@ def test_one_head_may_take_everything(backend: Backend) -> None:
     scores[0, 2] += 10
     chosen = check(backend, scores, torch.tensor([[32]], device=backend.device), 8.0)
     assert chosen[0][0] == list(range(2 * num_cells, 3 * num_cells))
+
+
+def test_many_cells(backend: Backend) -> None:
+    """As many as a model has; few and most of them kept."""
+    scores = torch.randn(1, 12, 4, 256, generator=torch.Generator().manual_seed(6)).to(backend.device)
+    scores[0, :, 2] = scores[0, :, 2].round()
+    check(backend, scores, torch.tensor([[8192, 2048, 300, 70]], device=backend.device), 64.0)
 
 
 def test_rows_are_chosen_alone(backend: Backend) -> None:

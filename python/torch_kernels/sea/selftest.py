@@ -35,7 +35,7 @@ def cases() -> Iterator[tuple[Any, ...]]:
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
         name = str(dtype).removeprefix("torch.")
         scores = normal(batch, heads, rows, num_cells, dtype=dtype)
-        select = {"scores": scores, "widths": widths, "k": 12.0}
+        select: dict[str, Any] = {"scores": scores, "widths": widths, "k": 12.0}
         yield "sea_select", name, partial(_run, "sea_select", select)
         selection = {"cells": reference.sea_select(**select), "widths": widths}
         if dtype == torch.float32:
@@ -48,7 +48,7 @@ def cases() -> Iterator[tuple[Any, ...]]:
             "mix": normal(batch, heads, rows).sigmoid(),
             "pooled": normal(batch, rows, heads, value_size, dtype=dtype),
         }
-        inputs = {"q": q, "k": k, "v": v, **selection, "num_cells": num_cells, **gates}
+        inputs: dict[str, Any] = {"q": q, "k": k, "v": v, **selection, "num_cells": num_cells, **gates}
         yield "sea_attention", name, partial(_run, "sea_attention", inputs), tolerance
         out, lse = reference.sea_attention(**inputs)
         backward = {"grad_out": grad.to(dtype), "out": out, "lse": lse, **inputs}
