@@ -218,9 +218,9 @@ def stage_inputs(workload: Workload, seed: int, device: str) -> Inputs:
     layer = layer_of(workload, inputs)
     q, k, v = layer._project(inputs["x"])
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (1, workload.tokens, workload.heads, 2 * workload.size)
-    averages = torch.randn(shape, generator=generator, device=device, dtype=workload.dtype)
-    return inputs | {"q": q, "k": k, "v": v, "averages": averages}
+    shape = (1, workload.tokens, workload.heads, 3 * workload.size)
+    found = torch.randn(shape, generator=generator, device=device, dtype=workload.dtype)
+    return inputs | {"q": q, "k": k, "v": v, "found": found}
 
 
 def performer_stage(workload: Workload, inputs: Inputs) -> Call:
@@ -232,10 +232,10 @@ def performer_stage(workload: Workload, inputs: Inputs) -> Call:
 
 
 def decoder_stage(workload: Workload, inputs: Inputs) -> Call:
-    layer, averages, v = layer_of(workload, inputs), inputs["averages"], inputs["v"]
+    layer, found = layer_of(workload, inputs), inputs["found"]
 
     def call() -> torch.Tensor:
-        z = layer.encoder(torch.cat([averages, v], -1))
+        z = layer.encoder(found)
         layer.gates(z).sigmoid()
         return layer.decoder(z)[0].softmax(-1, dtype=torch.float32)
 

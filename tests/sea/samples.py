@@ -10,7 +10,7 @@ import torch
 Call = tuple[dict[str, Any], dict[str, Any]]
 
 
-def samples(device: str) -> dict[str, list[Call]]:
+def samples(device: str, backend: str = "cpu") -> dict[str, list[Call]]:
     generator = torch.Generator().manual_seed(0)
     batch, rows, keys, heads, num_cells, size, value_size, m = 2, 3, 5, 2, 20, 16, 8, 6
 

@@ -214,8 +214,8 @@ class SEAttention(nn.Module):
         q, k, v = self._project(rows.pack(x))
         v = rows.cleared(v)
         carried = None if state is None else (state.features, state.norm)
-        averages, features, norm = self.performer(q, k, v, rows, carried)
-        z = self.encoder(torch.cat([averages, v], -1))
+        found, features, norm = self.performer(q, k, v, rows, carried)
+        z = self.encoder(found)
         gain, mix = self.gates(z).sigmoid().permute(3, 0, 2, 1)
 
         lengths = None if padding_mask is None else rows.lengths

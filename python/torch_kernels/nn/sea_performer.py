@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_kernels.sea import favor_features, linear_attention
 
 RELU_EPS, EXP_EPS = 1e-3, 1e-4  # added to features
+Relative = Callable[[Tensor], tuple[Tensor, ...]]
 SLOWEST = 0.25  # the lowest frequency of positional values: radians per e-fold of the position
 
 
@@ -91,7 +92,7 @@ class Performer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, state: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v ``[B, T, H, D]``: averages of positional values and values ``[B, T, H, 2D]``, and the state."""
+        """q, k, v ``[B, T, H, D]``: averages of positional values and of values, and v ``[B, T, H, 3D]``; the state."""
         if self.causal:
             q, k = (favor_features(x, self.projection, kind="relu", eps=RELU_EPS) for x in (q, k))
         else:
@@ -103,7 +104,7 @@ class Performer(nn.Module):
             causal=self.causal, initial_state=initial_state, initial_norm=initial_norm,
         )  # fmt: skip
         of_places, of_values = average.chunk(2, -1)
-        return torch.cat([relative(of_places), of_values], -1), features, norm
+        return torch.cat([*relative(of_places), of_values, v], -1), features, norm
 
     def _positive_features(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Exponentials, relative to the largest of a query, and to the largest of a sequence's and head's keys."""
@@ -119,7 +120,7 @@ class Performer(nn.Module):
             favor_features(k, self.projection, kind="exp", eps=EXP_EPS, shift=highest_k),
         )
 
-    def _by_logarithm(self, rows: Rows, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _by_logarithm(self, rows: Rows, like: Tensor) -> tuple[Tensor, Relative]:
         """Positions as sines and cosines of their logarithms, and what turns an average of them by the row's own.
 
         After that it tells of ratios: where, as a fraction of the keys that a row sees, those are that it attends to.
@@ -128,9 +129,9 @@ class Performer(nn.Module):
         angles = angles if like.dtype == torch.float64 else angles.remainder(2 * math.pi).float()
         cos, sin = (x.to(like.dtype)[:, :, None] for x in (angles.cos(), angles.sin()))
 
-        def relative(places: Tensor) -> Tensor:
+        def relative(places: Tensor) -> tuple[Tensor, ...]:
             c, s = places.chunk(2, -1)
-            return torch.cat([c * cos + s * sin, s * cos - c * sin], -1)
+            return c * cos + s * sin, s * cos - c * sin
 
         return torch.cat([cos, sin], -1), relative
 
@@ -142,10 +143,10 @@ class Performer(nn.Module):
         return self
 
 
-def _by_rank(rows: Rows, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _by_rank(rows: Rows, like: Tensor) -> tuple[Tensor, Relative]:
     """The identity matrix of size D, stretched over the tokens of each sequence by linear interpolation."""
     size = like.shape[-1]
     last = (rows.lengths - 1).clamp(min=1)[:, None]
     y = rows.positions.to(torch.float64) * (size - 1) / last
     hat = 1 - (y[..., None] - torch.arange(size, device=y.device)).abs()
-    return hat.clamp(min=0).to(like.dtype)[:, :, None], lambda places: places
+    return hat.clamp(min=0).to(like.dtype)[:, :, None], lambda places: (places,)
