@@ -34,6 +34,7 @@ def samples(device: str, backend: str = "cpu") -> dict[str, list[Any]]:
     return merged
 
 
+OFFSETS = ("cu_seqlens", "edge_offsets", "kv_offsets", "offsets", "q_offsets")
 EVERY = [pytest.param(op, i, id=f"{op}-{i}") for op, calls in samples("cpu").items() for i in range(len(calls))]
 
 
@@ -67,7 +68,7 @@ class Call:
         """Other values that are as valid: every tensor in reverse order along its first dimension, the batch; offsets
         so that their differences are."""
         flipped = {name: bits(x).flip(0).view(x.dtype) for name, x in self.tensors().items()}
-        return {name: x[0] - x if name == "cu_seqlens" else x for name, x in flipped.items()}
+        return {name: x[0] - x if name in OFFSETS else x for name, x in flipped.items()}
 
     def __call__(self, backend: Backend) -> dict[str, Tensor]:
         """The outputs, and the arguments: ops may change them."""

@@ -52,7 +52,7 @@ def attention_tile(rows: int, size: int, element_size: int, arch: str, clip: boo
     """Of sparse attention, for the larger head size. Clipped cells take registers."""
     size, rows = power_of_two(size), power_of_two(rows)
     if element_size == 4:
-        return Tile(min(rows, 16), 16, 8, 1)
+        return Tile(min(rows, 16), 16, 4 if arch == "sm_90" else 8, 1)  # as spills least
     if arch in LARGE_TILES:
         few = rows < 64
         return Tile(min(rows, 64), 32 if few or clip or size > 128 else 64, _warps(few or size <= 64, arch), 2)
