@@ -46,6 +46,8 @@ def attention_config(size: int, value_size: int, element_size: int, rotated: boo
         return Config(128, 128 if widest <= 64 else 64, 64, 8, 3)
     if widest > 128:
         return Config(32, 16, 16, 4, 2)
+    if rotated and widest > 64:
+        return Config(32, 32, 16, 4, 2)
     return Config(64, 32, 32, 4, 2)
 
 
@@ -62,4 +64,6 @@ def backward_configs(size: int, value_size: int, element_size: int, rotated: boo
         if rotated:
             return Config(64, 32, 16, 8, 2), Config(16, 64, 32, 8, 1)
         return Config(64, 64, 32, 8, 2), Config(32, 64, 32, 8, 1)
+    if widest > 64:
+        return Config(32, 32, 16, 4, 1), Config(16, 32, 16, 8, 1)
     return Config(64, 32, 32, 4, 2), Config(32, 64, 32, 4, 2)
