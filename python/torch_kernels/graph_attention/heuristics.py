@@ -60,7 +60,7 @@ def backward_configs(size: int, value_size: int, element_size: int, rotated: boo
         return Config(32, 16, 16, 4, 1), Config(16, 32, 16, 4, 1)
     if arch in ("sm_90", "sm_100"):
         if widest <= 64:
-            return Config(64, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)
+            return Config(64, 64, 32, 8, 2), Config(32, 64, 32, 8, 2)
         if rotated:
             return Config(64, 32, 16, 8, 2), Config(16, 64, 32, 8, 1)
         return Config(64, 64, 32, 8, 2), Config(32, 64, 32, 8, 1)
