@@ -21,6 +21,7 @@ bench: build  ## the benchmarks of every op, written to bench/results/<machine>/
 	$(RUN) bench/int4_linear.py --json --plot
 	$(RUN) bench/int8_linear.py --json --plot
 	$(RUN) bench/lightning_attention.py --json --plot
+	$(RUN) bench/sea.py --json --plot
 
 gpu: $(VENV)/ready  ## everything worth doing on a GPU: build, tests, sanitizers, benchmarks
 	$(RUN) scripts/gpu.py

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Call, Case, Inputs, main
+from harness import Call, Case, Curve, Inputs, main
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,11 @@ def positioned(workload: Workload, inputs: Inputs, dtype: torch.dtype) -> tuple[
     return rotate(q, positions, inv_freq), rotate(k, starts, inv_freq)
 
 
+TRUTH_ROWS = 512
+
+
 def truth(workload: Workload, inputs: Inputs) -> torch.Tensor:
-    """The formula in float64, a query segment and a KV head at a time."""
+    """The formula in float64, some rows of a query segment and a KV head at a time."""
     q, k = positioned(workload, inputs, torch.float64)
     v, group = inputs["v"].double(), workload.heads // workload.kv_heads
     out = torch.empty_like(q)
@@ -159,13 +162,15 @@ def truth(workload: Workload, inputs: Inputs) -> torch.Tensor:
     first = 0
     for length, sources in zip(workload.q_lengths, workload.sources, strict=True):
         rows = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in sources]).to(q.device)
-        mask = torch.ones(length, len(rows), dtype=torch.bool, device=q.device)
-        mask = mask if workload.decode else mask.tril(len(rows) - length)
-        for head in range(workload.kv_heads):
-            mine = slice(head * group, (head + 1) * group)
-            scores = torch.einsum("tgd,sd->gts", q[first : first + length, mine], k[rows, head])
-            weights = (scores / workload.head_size**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
-            out[first : first + length, mine] = torch.einsum("gts,sd->tgd", weights, v[rows, head])
+        for begin in range(0, length, TRUTH_ROWS):
+            place = torch.arange(begin, min(begin + TRUTH_ROWS, length), device=q.device)
+            last = place + len(rows) - length  # the last key that a row sees
+            hidden = torch.arange(len(rows), device=q.device) > last[:, None]
+            for head in range(workload.kv_heads):
+                mine = slice(head * group, (head + 1) * group)
+                scores = torch.einsum("tgd,sd->gts", q[first + place, mine], k[rows, head]) / workload.head_size**0.5
+                weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+                out[first + place, mine] = torch.einsum("gts,sd->tgd", weights, v[rows, head])
         first += length
     return out
 
@@ -210,6 +215,28 @@ def gather(workload: Workload, inputs: Inputs) -> Call:
     return call
 
 
+def varlen(regather: bool, workload: Workload, inputs: Inputs) -> Call:
+    """FlashAttention over packed sequences, whose keys are gathered for each query segment in each call or before."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k = positioned(workload, inputs, workload.dtype)
+    v, ends = inputs["v"], torch.tensor([0, *workload.lengths]).cumsum(0).tolist()
+    rows = torch.cat([torch.arange(ends[s], ends[s + 1]) for mine in workload.sources for s in mine]).to(q.device)
+    keys = [sum(workload.lengths[s] for s in mine) for mine in workload.sources]
+    q_ends, k_ends = (
+        torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32) for lengths in (workload.q_lengths, keys)
+    )
+    window = (-1, -1) if workload.decode else (-1, 0)
+    attend = functools.partial(
+        varlen_attn, cu_seq_q=q_ends, cu_seq_k=k_ends, max_q=max(workload.q_lengths), max_k=max(keys),
+        window_size=window, enable_gqa=True,
+    )  # fmt: skip
+    if regather:
+        return lambda: attend(q, k[rows], v[rows])
+    gathered = k[rows], v[rows]
+    return lambda: attend(q, *gathered)
+
+
 @functools.cache
 def compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
@@ -252,18 +279,24 @@ def flashinfer(workload: Workload, inputs: Inputs) -> Call:
     return lambda: attend(q, k, inputs["v"])
 
 
-DENSE_TOKENS = 12_000  # longer sequences get no dense mask
+DENSE_TOKENS = 20_000  # longer sequences get no dense mask
 
 
-def case(name: str, workload: Workload, devices: tuple[str, ...] = ("cpu", "cuda")) -> Case:
-    peers = {"gather-sdpa": functools.partial(gather, workload)}
+def case(name: str, workload: Workload, devices: tuple[str, ...] = ("cpu", "cuda"), curve: Curve | None = None) -> Case:
+    def of(peer: Callable[..., Call], *options: Any) -> Callable[[Inputs], Call]:
+        return functools.partial(peer, *options, workload)
+
+    flash = torch.cuda.is_available() and workload.dtype != torch.float32
     if workload.decode:
-        peers = {"sdpa": functools.partial(sdpa, workload)}
-    elif sum(workload.lengths) <= DENSE_TOKENS:
-        peers["sdpa"] = functools.partial(sdpa, workload)
-        peers["flex"] = functools.partial(flex, workload)
-        if importlib.util.find_spec("flashinfer"):
-            peers["flashinfer"] = functools.partial(flashinfer, workload)
+        peers = {"sdpa": of(sdpa)} | ({"varlen": of(varlen, False)} if flash else {})
+    else:
+        peers = {"gather-sdpa": of(gather)}
+        if flash:
+            peers |= {"gather-varlen": of(varlen, True), "varlen": of(varlen, False)}
+        if sum(workload.lengths) <= DENSE_TOKENS:
+            peers |= {"sdpa": of(sdpa), "flex": of(flex)}
+            if importlib.util.find_spec("flashinfer"):
+                peers["flashinfer"] = of(flashinfer)
     return Case(
         name=name,
         make_inputs=workload.make_inputs,
@@ -275,6 +308,8 @@ def case(name: str, workload: Workload, devices: tuple[str, ...] = ("cpu", "cuda
         slow_peers=frozenset({"flex"}) & peers.keys(),
         truth=functools.partial(truth, workload),
         devices=devices,
+        curve=curve,
+        memory=True,
     )
 
 
@@ -297,20 +332,34 @@ def cases() -> list[Case]:
     gpu = ("cuda",)
     return [
         case("rag-top1-10x150-bf16", bipartite(10, 150, 1)),
-        case("rag-top3-10x150-bf16", bipartite(10, 150, 3)),
         case("rag-top3-10x150-bf16-rope", bipartite(10, 150, 3, rope=True)),
         case("rag-top3-10x150-fp32", bipartite(10, 150, 3, dtype=torch.float32)),
         case("rag-full-10x150-bf16", full(10, 150)),
-        case("rag-top3-10x512-bf16", bipartite(10, 512, 3)),
-        case("star-64x250-bf16", star(64, 250, 300)),
+        case("rag-top1-10x512-bf16", bipartite(10, 512, 1)),
+        case("rag-full-10x512-bf16", full(10, 512)),
+        case("pubmed-star-130x250-bf16", star(130, 250, 250)),
         case("ego-8x1024-bf16", star(7, 1024, 1024)),
-        case("decode-10x8192-bf16", bipartite(10, 8192, 0, decode=True)),
-        case("decode-10x8192-bf16-rope", bipartite(10, 8192, 0, decode=True, rope=True)),
-        case("rag-full-10x512-bf16", full(10, 512), gpu),
-        case("pubmed-star-130x250-bf16", star(130, 250, 250), gpu),
         case("ego-8x11k-bf16", star(7, 11_200, 11_200), gpu),
         case("egos-3x8x11k-bf16", star(7, 11_200, 11_200, egos=3), gpu),
-        case("decode-8x11k-bf16", Workload((11_200,) * 8, (), decode=True), gpu),
+        case("decode-10x8192-bf16", bipartite(10, 8192, 0, decode=True)),
+        case("decode-10x8192-bf16-rope", bipartite(10, 8192, 0, decode=True, rope=True)),
+        case("decode-8x11k-bf16", Workload((11_200,) * 8, (), decode=True)),
+        *(
+            case(
+                f"rag-top3-10x{length}-bf16",
+                bipartite(10, length, 3),
+                curve=Curve("ten passages, three of them seen by the rest", "tokens of a passage", length, "sdpa"),
+            )
+            for length in (75, 150, 512)
+        ),
+        *(
+            case(
+                f"star-{count}x250-bf16",
+                star(count, 250, 300),
+                curve=Curve("a star of 250 tokens each and a centre of 300", "neighbours", count, "sdpa"),
+            )
+            for count in (4, 16, 64)
+        ),
     ]
 
 

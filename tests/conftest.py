@@ -14,14 +14,15 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from .backends import Backend, testing_backends  # noqa: E402  (Triton reads the variable when it is imported)
+from .backends import CI_EXAMPLES, Backend, testing_backends  # noqa: E402  (Triton reads the variable when it is imported)
 
 COMMON = {
     "deadline": None,
     "print_blob": True,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 }
-hypothesis.settings.register_profile("ci", derandomize=True, max_examples=20, database=None, **COMMON)
+hypothesis.settings.register_profile("ci", derandomize=True, max_examples=CI_EXAMPLES, database=None, **COMMON)
+hypothesis.settings.register_profile("brief", derandomize=True, max_examples=5, database=None, **COMMON)
 hypothesis.settings.register_profile("nightly", max_examples=1000, **COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

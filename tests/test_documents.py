@@ -38,11 +38,14 @@ def code_blocks(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def run_code(path: Path) -> int:
-    """Runs a file's Python blocks in one namespace; returns how many. A block marked ``python gpu`` needs a GPU."""
+    """Runs a file's Python blocks in one namespace; returns how many. A block marked ``python gpu`` needs a GPU, one
+    marked ``python`` and a package needs that."""
     namespace: dict[str, Any] = {"__name__": path.stem}
     count = 0
     for line, info, source in code_blocks(path.read_text(encoding="utf-8")):
-        if info == "python" or (info == "python gpu" and torch.cuda.is_available()):
+        language, _, needs = info.partition(" ")
+        here = not needs or (torch.cuda.is_available() if needs == "gpu" else importlib.util.find_spec(needs))
+        if language == "python" and here:
             exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
             count += 1
     return count
@@ -126,6 +129,8 @@ def test_code_that_fails_is_found_at_its_line(tmp_path):
     page.write_text("```python\ny = 1\n```\n\n```python gpu\nassert torch_sees_a_gpu\n```\n")
     if not torch.cuda.is_available():
         assert run_code(page) == 1
+    page.write_text("```python numpy\nimport numpy\n```\n\n```python no_such_package\nimport no_such_package\n```\n")
+    assert run_code(page) == 1
 
 
 def test_broken_links_are_found(tmp_path):

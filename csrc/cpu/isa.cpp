@@ -12,22 +12,22 @@
 namespace torch_kernels::cpu {
 namespace {
 
-bool always() { return true; }
+[[maybe_unused]] bool has_generic() { return true; }
 
 #if defined(__x86_64__)
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
          __builtin_cpu_supports("bmi2");
 }
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
 // Linux hands out the tile registers only to processes that ask.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   if (!has_avx512()) return false;
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
@@ -54,8 +54,8 @@ int& selection() {
 }  // namespace
 
 const std::vector<InstructionSet>& instruction_sets() {
-  static const std::vector<InstructionSet> sets = {
-      {"generic", always}, TORCH_KERNELS_X86_ONLY({"avx2", has_avx2}, {"avx512", has_avx512}, {"amx", has_amx})};
+#define ENTRY(isa, ...) {#isa, has_##isa},
+  static const std::vector<InstructionSet> sets = {TORCH_KERNELS_EACH_ISA(ENTRY, )};
   return sets;
 }
 

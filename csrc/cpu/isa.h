@@ -7,12 +7,6 @@
 
 #include "core/context.h"
 
-#if defined(__x86_64__)
-#define TORCH_KERNELS_X86_ONLY(...) __VA_ARGS__
-#else
-#define TORCH_KERNELS_X86_ONLY(...)
-#endif
-
 namespace torch_kernels::cpu {
 
 struct InstructionSet {
@@ -27,16 +21,20 @@ void select(const std::string& name);  // throws if this processor lacks it
 }  // namespace torch_kernels::cpu
 
 // Declares `void name(const Params&)` in every instruction set's namespace and defines the one that calls the selected.
-#define TORCH_KERNELS_CPU_KERNEL(name, Params)                                                                    \
-  namespace generic {                                                                                             \
-  void name(const Params&);                                                                                       \
-  }                                                                                                               \
-  TORCH_KERNELS_X86_ONLY(                                                                                         \
-      namespace avx2 { void name(const Params&); } namespace avx512 { void name(const Params&); } namespace amx { \
-        void name(const Params&);                                                                                 \
-      })                                                                                                          \
-  inline void name(const Params& params, const Context&) {                                                        \
-    static constexpr void (*kernels[])(const Params&) = {                                                         \
-        generic::name TORCH_KERNELS_X86_ONLY(, avx2::name, avx512::name, amx::name)};                             \
-    kernels[selected_index()](params);                                                                            \
+// The build gives TORCH_KERNELS_EACH_ISA(X, ...), X(generic, ...) and so on, to the CPU module; others have no CPU
+// kernels.
+#ifdef TORCH_KERNELS_EACH_ISA
+#define TORCH_KERNELS_CPU_KERNEL(name, Params)                                                              \
+  TORCH_KERNELS_EACH_ISA(TORCH_KERNELS_DECLARE, name, Params)                                               \
+  inline void name(const Params& params, const Context&) {                                                  \
+    static constexpr void (*kernels[])(const Params&) = {TORCH_KERNELS_EACH_ISA(TORCH_KERNELS_LIST, name)}; \
+    kernels[selected_index()](params);                                                                      \
   }
+#define TORCH_KERNELS_DECLARE(isa, name, Params) \
+  namespace isa {                                \
+  void name(const Params&);                      \
+  }
+#define TORCH_KERNELS_LIST(isa, name) isa::name,
+#else
+#define TORCH_KERNELS_CPU_KERNEL(name, Params)
+#endif

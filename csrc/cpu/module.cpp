@@ -17,6 +17,9 @@ void bind_int8_linear(nb::module_& module);
 void bind_lightning_decoding(nb::module_& module);
 void bind_lightning_sequences(nb::module_& module);
 void bind_lightning_validation(nb::module_& module);
+void bind_sea(nb::module_& module);
+void bind_sea_on_cpu(nb::module_& module);
+void bind_sea_validation(nb::module_& module);
 
 }  // namespace torch_kernels
 
@@ -54,4 +57,7 @@ NB_MODULE(_cpu, module) {
   bind_lightning_decoding(module);
   bind_lightning_sequences(module);
   bind_lightning_validation(module);
+  bind_sea(module);
+  bind_sea_on_cpu(module);
+  bind_sea_validation(module);
 }

@@ -177,21 +177,30 @@ class Stacks {
 #else
   static constexpr size_t bytes = 128 << 10;
 #endif
-  ~Stacks() {
-    if (memory_) munmap(memory_, count_ * step());
-  }
+  ~Stacks() { release(); }
   void reserve(int count) {
     if (count <= count_) return;
-    if (memory_) munmap(memory_, count_ * step());
+    release();
     memory_ = static_cast<char*>(
         mmap(nullptr, count * step(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    if (memory_ == MAP_FAILED) {
+      memory_ = nullptr;
+      throw std::bad_alloc();
+    }
     count_ = count;
     for (int i = 0; i < count; i++) mprotect((*this)[i], bytes, PROT_READ | PROT_WRITE);
   }
   char* operator[](int i) const { return memory_ + i * step() + (step() - bytes); }
 
  private:
+  void release() {
+    if (!memory_) return;
+#ifdef EMULATOR_ASAN
+    __asan_unpoison_memory_region(memory_, count_ * step());  // whoever gets these addresses next
+#endif
+    munmap(memory_, count_ * step());
+    memory_ = nullptr, count_ = 0;
+  }
   static size_t step() { return bytes + sysconf(_SC_PAGESIZE); }
   char* memory_ = nullptr;
   int count_ = 0;

@@ -9,6 +9,7 @@ void bind_graph_attention(nb::module_& module);
 void bind_int4_linear(nb::module_& module);
 void bind_int8_linear(nb::module_& module);
 void bind_lightning_decoding(nb::module_& module);
+void bind_sea(nb::module_& module);
 }  // namespace torch_kernels
 
 NB_MODULE(_emulator, module) {
@@ -18,4 +19,5 @@ NB_MODULE(_emulator, module) {
   torch_kernels::bind_int4_linear(module);
   torch_kernels::bind_int8_linear(module);
   torch_kernels::bind_lightning_decoding(module);
+  torch_kernels::bind_sea(module);
 }

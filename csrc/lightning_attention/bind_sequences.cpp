@@ -30,27 +30,28 @@ void bind_forward(nb::module_& module, const char* name, Decay decay) {
 }
 
 void bind_backward(nb::module_& module, const char* name, Decay decay) {
-  module.def(name,
-             [decay](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_decay,
-                     const Argument& grad_initial_state, const Argument& grad_out, const Argument& q, const Argument& k,
-                     const Argument& v, const Argument& rate, const Argument& grad_final_state,
-                     const Argument& initial_state, const Argument& cu_seqlens, std::optional<double> scale) {
-               run(cpu::lightning_backward, q,
-                   LightningBackwardParams{.grad_q = grad_q,
-                                           .grad_k = grad_k,
-                                           .grad_v = grad_v,
-                                           .grad_decay = grad_decay,
-                                           .grad_initial_state = grad_initial_state,
-                                           .grad_out = grad_out,
-                                           .q = q,
-                                           .k = k,
-                                           .v = v,
-                                           .decay = decay_of(decay, rate),
-                                           .grad_final_state = grad_final_state,
-                                           .initial_state = initial_state,
-                                           .cu_seqlens = cu_seqlens,
-                                           .scale = scale.value_or(1)});
-             });
+  module.def(name, [decay](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v,
+                           const Argument& grad_decay, const Argument& grad_initial_state, const Argument& grad_out,
+                           const Argument& q, const Argument& k, const Argument& v, const Argument& rate,
+                           const Argument& grad_final_state, const Argument& initial_state, const Argument& cu_seqlens,
+                           std::optional<double> scale, bool decay_gradient) {
+    run(cpu::lightning_backward, q,
+        LightningBackwardParams{.grad_q = grad_q,
+                                .grad_k = grad_k,
+                                .grad_v = grad_v,
+                                .grad_decay = grad_decay,
+                                .grad_initial_state = grad_initial_state,
+                                .grad_out = grad_out,
+                                .q = q,
+                                .k = k,
+                                .v = v,
+                                .decay = decay_of(decay, rate),
+                                .grad_final_state = grad_final_state,
+                                .initial_state = initial_state,
+                                .cu_seqlens = cu_seqlens,
+                                .scale = scale.value_or(1),
+                                .decay_gradient = decay_gradient});
+  });
 }
 
 }  // namespace

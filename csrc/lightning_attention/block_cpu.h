@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "core/tensor.h"
+#include "cpu/dtypes.h"
 #include "cpu/floats.h"
 #include "cpu/matmul.h"
 #include "cpu/parallel.h"
@@ -493,16 +494,6 @@ void for_each_part(int64_t items, int64_t values, int64_t cost, const Body& body
     int64_t first = i % parts * width;
     body(i / parts, first, std::min(width, values - first));
   });
-}
-
-template <class Body>
-void for_each_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::float64: return body(double{});
-    case DType::float16: return body(Half{});
-    case DType::bfloat16: return body(BFloat16{});
-    default: return body(float{});
-  }
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

@@ -188,6 +188,7 @@ class Backward {
       else
         back_with<Real, true>(careful, state, block);
     }
+    if (!p.decay_gradient) return 0;
     if (!p.decay.gates) return shared_gradient(tokens_of(block));
     store_gradients(first_token(block), tokens_of(block));
     return 0;
@@ -211,12 +212,14 @@ class Backward {
     multiply<false>(b.k.units(), b.k.unit_stride(), after, dv, stride, tokens, padded(value_size), key_units, ahead);
     scale_rows(dk, key_size, decay.to_state, Real(1), entering, tokens, tokens);
     scale_rows(dv, value_size, decay.to_state, Real(1), entering, tokens, tokens);
-    for (int j = 0; j < tokens; j++) {
-      through_pairs[j] = through_before[j] = 0;
-      through_after[j] = j < entering ? 0 : dot(b.k.row(j), dk + j * key_stride, padded(key_size));
+    if (p.decay_gradient) {
+      for (int j = 0; j < tokens; j++) {
+        through_pairs[j] = through_before[j] = 0;
+        through_after[j] = j < entering ? 0 : dot(b.k.row(j), dk + j * key_stride, padded(key_size));
+      }
+      by_distance = 0;
+      through_block = decay.resets() ? 0 : (1 + double(decay.minus_one)) * dot(state, carry, state_size);
     }
-    by_distance = 0;
-    through_block = decay.resets() ? 0 : (1 + double(decay.minus_one)) * dot(state, carry, state_size);
     for (int64_t i = 0; i < state_size; i += kLanes<Real>) {
       Vector<Real> value = load(carry + i);
       store(carry + i, decay.resets() ? Vector<Real>{} : value * decay.minus_one + value);
@@ -232,13 +235,16 @@ class Backward {
       if (!finite && !care) return false;
       lower_scores(b.q, keys, scores, tokens, ahead);
       lower_scores(b.grad, values, products, tokens, ahead);
-      add_pairs(tokens);
+      weigh(scores, decay, Real(p.scale), tokens);
+      if (p.decay_gradient) add_pairs(tokens);
+      weigh(products, decay, Real(p.scale), tokens);
 
       if (seeing > 0)
         multiply<false>(b.grad.units(), b.grad.unit_stride(), before_turned, dq, key_stride, seeing, padded(key_size),
                         value_units, ahead);
       scale_rows(dq, key_size, decay.from_state, Real(p.scale), 0, seeing, tokens);
-      for (int i = 0; i < seeing; i++) through_before[i] += dot(b.q.row(i), dq + i * key_stride, padded(key_size));
+      for (int i = 0; i < seeing && p.decay_gradient; i++)
+        through_before[i] += dot(b.q.row(i), dq + i * key_stride, padded(key_size));
 
       lower<Unit, care>(b, products, right_k, dq, key_stride, padded(key_size), tokens);
       for (int i = 0; i < tokens; i++)
@@ -259,11 +265,10 @@ class Backward {
     return true;
   }
 
-  // Makes weights of both scores, and adds what each pair of different tokens contributes to the loss: to its later
-  // token, less to its earlier one.
+  // Adds what each pair of different tokens contributes to the loss, a weight times a product: to its later token, less
+  // to its earlier one.
   void add_pairs(int tokens) {
     constexpr int lanes = kLanes<Real>;
-    weigh(scores, decay, Real(p.scale), tokens);
     Real earlier[kMaxBlock] = {};
     MaskOf<Real> lane;
     Vector<Real> number;
@@ -282,7 +287,6 @@ class Backward {
       for (int c = 0; c < lanes; c++) through_pairs[i] += double(later[c]), by_distance += double(weighted[c]);
     }
     for (int j = 0; j < tokens; j++) through_pairs[j] -= double(earlier[j]);
-    weigh(products, decay, Real(p.scale), tokens);
   }
 
   // out[i] += weights[i] right and, for their transpose, out[j] += weights^T[j] right.
@@ -374,7 +378,7 @@ void lightning_backward(const LightningBackwardParams& params) {
     parallel_for(count * heads, cost,
                  [&](int64_t i) { rate_gradients[i] = Backward<Stored>(params, i / heads, i % heads).run(); });
   });
-  if (!params.decay.slopes) return;
+  if (!params.decay.slopes || !params.decay_gradient) return;
   for (int64_t h = 0; h < heads; h++) {
     double sum = 0;
     for (int64_t n = 0; n < count; n++) sum -= rate_gradients[n * heads + h];

@@ -28,7 +28,7 @@ struct LightningForwardParams {
 
 struct LightningBackwardParams {
   Tensor grad_q, grad_k, grad_v;  // as q, k, v
-  Tensor grad_decay;              // as the slopes or the gates
+  Tensor grad_decay;              // as the slopes or the gates; empty if not wanted
   Tensor grad_initial_state;      // [N, H, K, V], or [0, H, K, V] without an initial state
   Tensor grad_out;                // [B, T, Hq, V], q's dtype
   Tensor q, k, v;                 // as in the forward pass
@@ -37,6 +37,7 @@ struct LightningBackwardParams {
   Tensor initial_state;     // [N, H, K, V]; absent: zero
   Tensor cu_seqlens;        // [N + 1]; absent: N is B
   double scale;
+  bool decay_gradient;
 };
 
 struct LightningChunkStateParams {

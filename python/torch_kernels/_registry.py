@@ -153,7 +153,8 @@ class Op:
     ``validate(*args)`` raises if values inside index tensors are impossible. All three get every argument of the
     schema in order; ``validate`` is called for CPU tensors always, for CUDA under :func:`set_validation`, with index
     tensors on the CPU. ``indices`` names these where not every integer tensor is one; a call without any is not
-    validated.
+    validated. With ``sized_by_data`` the outputs' sizes depend on values: ``allocate`` is the fake alone, and every
+    backend's function returns fresh outputs, as the reference does.
     """
 
     schema: str
@@ -162,6 +163,7 @@ class Op:
     backends: Sequence[Backend]
     validate: Callable[..., None] | None = None
     indices: Sequence[str] | None = None
+    sized_by_data: bool = False
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -205,7 +207,7 @@ class Op:
         self.check(*args)
         backend = self.backend_for(*args)
         validate = self._validation(args)
-        if backend.name == "reference":
+        if backend.name == "reference" or self.sized_by_data:
             return backend.load(), validate, None
         kernel, outputs = backend.load(), self.allocate(*args)
         if accepts := backend.accepts:

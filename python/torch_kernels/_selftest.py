@@ -16,9 +16,10 @@ from torch_kernels.graph_attention import selftest as graph_attention
 from torch_kernels.int4_linear import selftest as int4_linear
 from torch_kernels.int8_linear import selftest as int8_linear
 from torch_kernels.lightning_attention import selftest as lightning_attention
+from torch_kernels.sea import selftest as sea
 from torch_kernels.tree_attention import selftest as tree_attention
 
-FAMILIES = (tree_attention, graph_attention, int4_linear, int8_linear, lightning_attention)
+FAMILIES = (tree_attention, graph_attention, int4_linear, int8_linear, lightning_attention, sea)
 
 
 @dataclass(frozen=True)

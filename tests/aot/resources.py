@@ -3,6 +3,7 @@
 
     python -m tests.aot.resources              compile everything, print the table
     python -m tests.aot.resources --update     and write it to tests/aot/resources.json
+    python -m tests.aot.resources --update tree_attention     of these ops only
 
 One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared
 memory in bytes; tensor-core instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's
@@ -97,22 +98,32 @@ def read_amdgcn(assembly: str) -> dict:
     }
 
 
-def _triton_ops() -> list[str]:
-    return sorted(path.parent.name for path in (ROOT / "python/torch_kernels").glob("*/triton_kernels*"))
+def triton_sources() -> dict[str, str]:
+    """Every op with Triton kernels, with a hash of all that goes into them."""
+    package = ROOT / "python/torch_kernels"
+    ops = sorted(path.parent.name for path in package.glob("*/triton_kernels*"))
+    return {
+        op: _contents(
+            [package / "_triton.py", package / op / "heuristics.py", *(package / op).glob("triton_kernels/*.py")]
+        )[:16]
+        for op in ops
+    }
 
 
-def _compile_triton(op: str, arch: str) -> list[dict]:
+def _compile_triton(op: str, source_hash: str, arch: str) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as triton_cache:
         environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": triton_cache}
-        return json.loads(_run([sys.executable, "-m", "tests.aot.compile_triton", op, arch], env=environment, cwd=ROOT))
+        command = [sys.executable, "-m", "tests.aot.compile_triton", op, arch]
+        entries = json.loads(_run(command, env=environment, cwd=ROOT))
+    return [{"source": source_hash} | entry for entry in entries]
 
 
-def triton_jobs():
+def triton_jobs(archs=TRITON_ARCHS):
     """(description, function giving entries) of every op with Triton kernels and every architecture."""
-    for op in _triton_ops():
-        for arch in TRITON_ARCHS:
-            yield f"{op} {arch}", functools.partial(_compile_triton, op, arch)
+    for op, source_hash in triton_sources().items():
+        for arch in archs:
+            yield f"{op} {arch}", functools.partial(_compile_triton, op, source_hash, arch)
 
 
 def nvcc_version() -> str | None:
@@ -144,7 +155,7 @@ def _demangle(name: str) -> str:
 
 
 def _host_only(header: pathlib.Path) -> bool:
-    return "emulator" in header.parts or header == ROOT / "csrc/core/error.h"
+    return header.parts[-2] in ("cpu", "emulator") or header == ROOT / "csrc/core/error.h"
 
 
 def _with_includes(source: pathlib.Path) -> set[pathlib.Path]:
@@ -189,6 +200,10 @@ def collect(jobs, workers: int = 2, report=None) -> list[dict]:
             entries += future.result()
             if report:
                 report(running[future])
+    return sort(entries)
+
+
+def sort(entries: list[dict]) -> list[dict]:
     return sorted(entries, key=lambda entry: (entry["kernel"], entry["arch"]))
 
 
@@ -203,15 +218,19 @@ def write_table(entries) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="write tests/aot/resources.json")
+    parser.add_argument("ops", nargs="*", help="ops to compile (default: all)")
     arguments = parser.parse_args()
-    entries = collect(
-        [*triton_jobs(), *cuda_jobs()], os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True)
-    )
+
+    def chosen(kernel: str) -> bool:
+        return not arguments.ops or kernel.startswith(tuple(f"{op}{end}" for op in arguments.ops for end in " /"))
+
+    jobs = [(label, job) for label, job in (*triton_jobs(), *cuda_jobs()) if chosen(label)]
+    entries = collect(jobs, os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True))
     for entry in entries:
         numbers = "{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared".format(**entry)
         print(f"{numbers}  {entry['kernel']}  {entry['mma']}")
     if arguments.update:
-        write_table(entries)
+        write_table(sort([*entries, *(entry for entry in read_table() if not chosen(entry["kernel"]))]))
 
 
 if __name__ == "__main__":

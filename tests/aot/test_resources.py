@@ -8,6 +8,7 @@ After a change that is meant: ``python -m tests.aot.resources --update``.
 """
 
 import os
+import re
 
 import pytest
 
@@ -55,8 +56,14 @@ def _check_table(entries, committed):
     assert not recorded, f"the table has kernels that are gone: {sorted(recorded)}"
 
 
+# All architectures take minutes each, so by default one does; the table's other rows must come from the same sources.
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+TRITON_ARCHS = resources.TRITON_ARCHS if NIGHTLY else ("sm_90",)
+CUDA_ARCHS = resources.CUDA_ARCHS if NIGHTLY else ("sm_90a",)
+
+
 def test_triton_kernels():
-    entries = resources.collect(resources.triton_jobs())
+    entries = resources.collect(resources.triton_jobs(TRITON_ARCHS))
     _check_rules(entries)
     for entry in entries:
         for rows, kind in entry["dots"]:
@@ -64,29 +71,33 @@ def test_triton_kernels():
             assert opcode is None or entry["mma"].get(opcode), (
                 f"no {opcode} in {entry['kernel']} on {entry['arch']}: {entry['mma']}"
             )
-    _check_table(entries, [entry for entry in resources.read_table() if entry["compiler"].startswith("triton")])
+    _check_table(entries, [entry for entry in _table("triton") if entry["arch"] in TRITON_ARCHS])
 
 
 @pytest.mark.skipif(resources.nvcc_version() is None, reason="nvcc is not installed")
 def test_cuda_kernels():
-    # All architectures take minutes each, so here one does; the table's other rows must come from the same sources.
-    archs = resources.CUDA_ARCHS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else ("sm_90a",)
-    entries = resources.collect(resources.cuda_jobs(archs))
+    entries = resources.collect(resources.cuda_jobs(CUDA_ARCHS))
     _check_rules(entries)
-    _check_table(entries, [entry for entry in _cuda_table() if entry["arch"] in archs])
+    _check_table(entries, [entry for entry in _table("nvcc") if entry["arch"] in CUDA_ARCHS])
 
 
-def test_the_table_is_of_these_cuda_sources():
-    table = _cuda_table()
+@pytest.mark.parametrize("compiler", ["triton", "nvcc"])
+def test_the_table_is_of_these_sources(compiler):
+    table = _table(compiler)
     _check_rules(table)
-    sources = resources.cuda_sources()
-    made = {(entry["kernel"].partition(":")[0], entry["arch"], entry["source"]) for entry in table}
-    expected = {(label, arch, sources[label]) for label in sources for arch in resources.CUDA_ARCHS}
-    assert made == expected, "CUDA sources changed; run python -m tests.aot.resources --update"
+    sources = resources.triton_sources() if compiler == "triton" else resources.cuda_sources()
+    archs = resources.TRITON_ARCHS if compiler == "triton" else resources.CUDA_ARCHS
+    # "op/kernel" in Triton, "op/file: kernel" in CUDA
+    made = {
+        (re.split("/" if compiler == "triton" else ":", entry["kernel"])[0], entry["arch"], entry["source"])
+        for entry in table
+    }
+    expected = {(label, arch, sources[label]) for label in sources for arch in archs}
+    assert made == expected, "sources changed; run python -m tests.aot.resources --update"
 
 
-def _cuda_table():
-    return [entry for entry in resources.read_table() if entry["compiler"].startswith("nvcc")]
+def _table(compiler: str):
+    return [entry for entry in resources.read_table() if entry["compiler"].startswith(compiler)]
 
 
 def test_rules_notice_a_spill():

@@ -58,6 +58,31 @@ def test_truth_ours_and_peers_follow_the_definition(name: str) -> None:
         assert error(case.peers[peer](inputs)(), expected) < 1e-5, peer
 
 
+def packed_sequences(q, k, v, *, cu_seq_q, cu_seq_k, max_q, max_k, window_size, enable_gqa):
+    """What varlen_attn computes, which has no CPU kernel: causal parts are aligned at their ends."""
+    out = []
+    for i in range(len(cu_seq_q) - 1):
+        rows, keys = slice(*cu_seq_q[i : i + 2]), slice(*cu_seq_k[i : i + 2])
+        queries, count = q[rows], keys.stop - keys.start
+        assert len(queries) <= max_q and count <= max_k
+        mask = torch.ones(len(queries), count, dtype=torch.bool)
+        mask = mask.tril(count - len(queries)) if window_size == (-1, 0) else mask
+        parts = (x.transpose(0, 1)[None] for x in (queries, k[keys], v[keys]))
+        attended = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=enable_gqa)
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_varlen_gets_the_right_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
+    monkeypatch.setattr(module, "varlen_attn", packed_sequences)
+    workload = small(name)
+    inputs = workload.make_inputs(3, "cpu")
+    for regather in (False, True):
+        assert error(bench.varlen(regather, workload, inputs)(), by_definition(workload, inputs)) < 1e-5
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_useful_work_is_what_the_mask_shows(name: str) -> None:
     workload = small(name)

@@ -36,14 +36,14 @@ def test_ranks(results: list[list[str]], name: str) -> None:
         assert name in checks, f"rank {rank}: {checks[-1]}"
 
 
-def test_importing_the_library_leaves_dtensor_alone() -> None:
-    """Whoever does not distribute does not pay for it; the attribute is there all the same."""
+def test_importing_the_library_leaves_dtensor_and_transformers_alone() -> None:
+    """Whoever does not use them does not pay for them; the attributes are there all the same."""
     code = (
-        "import sys, torch_kernels; assert 'torch.distributed.tensor' not in sys.modules;"
+        "import sys, torch_kernels; assert not {'torch.distributed.tensor', 'transformers'} & sys.modules.keys();"
         "torch_kernels.distributed.ring_attention; assert 'torch.distributed.tensor' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-    assert "distributed" in dir(torch_kernels)
+    assert "distributed" in dir(torch_kernels) and "GraphKVCache" in dir(torch_kernels.nn)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

@@ -36,11 +36,11 @@ def grads_like(case: Case, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    backend: Backend, case: Case, args: dict[str, Any], grad_out: Tensor, grad_state: Tensor | None
+    backend: Backend, case: Case, args: dict[str, Any], grad_out: Tensor, grad_state: Tensor | None, **options: bool
 ) -> tuple[Tensor, ...]:
     positional = [args[name] for name in ("q", "k", "v", "g" if "g" in args else "slopes")]
     keywords = {name: args.get(name) for name in ("initial_state", "cu_seqlens", "scale")}
-    return backend(f"{case.op}_backward", grad_out, *positional, grad_final_state=grad_state, **keywords)
+    return backend(f"{case.op}_backward", grad_out, *positional, grad_final_state=grad_state, **keywords, **options)
 
 
 def check(backend: Backend, case: Case, final: bool = True) -> None:
@@ -148,6 +148,17 @@ def test_same_bits_again(backend: Backend, data: st.DataObject) -> None:
     grads = grads_like(case, args)
     for x, y in zip(run(backend, case, args, *grads), run(backend, case, args, *grads), strict=True):
         assert_bitwise("rerun", x, y)
+
+
+@pytest.mark.parametrize("decay", ["slopes", "gates"])
+def test_without_the_gradient_of_the_decay(backend: Backend, decay: str) -> None:
+    case = Case(lengths=(40,), decay=decay, key_size=8, value_size=16, group=2)
+    args = make(case, backend.device)
+    grads = grads_like(case, args)
+    whole, part = (run(backend, case, args, *grads, decay_gradient=wanted) for wanted in (True, False))
+    assert part[3].shape == (0,) and part[3].dtype == whole[3].dtype
+    for i in (0, 1, 2, 4):
+        assert_bitwise(f"gradient {i}", part[i], whole[i])
 
 
 def leaves(case: Case, device: str) -> dict[str, Any]:

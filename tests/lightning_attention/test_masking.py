@@ -46,7 +46,7 @@ def assert_near(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype 
 def test_other_sequences(backend: Backend, decay: str, value: float) -> None:
     need(backend, "simple_gla")
     for dtype in backend.dtypes:
-        case = Case(lengths=(20, 30, 25), packed=True, decay=decay, dtype=dtype, key_size=16, value_size=16)
+        case = Case(lengths=(20, 30, 25), heads=1, packed=True, decay=decay, dtype=dtype, key_size=16, value_size=16)
         args = make(case, backend.device)
         bad = poisoned(args, value, slice(20, 50), "q", "k", "v")
         bad["initial_state"] = args["initial_state"].clone()
@@ -67,7 +67,7 @@ def test_later_tokens(backend: Backend, decay: str, value: float) -> None:
     """Causality holds for what a product with zero would spread."""
     need(backend, "simple_gla")
     for dtype in backend.dtypes:
-        case = Case(lengths=(90,), decay=decay, dtype=dtype, key_size=16, value_size=16)
+        case = Case(lengths=(90,), heads=1, decay=decay, dtype=dtype, key_size=16, value_size=16)
         args = make(case, backend.device)
         out, _ = run(backend, case, args)
         for first in (75, 41):
@@ -81,9 +81,10 @@ def test_later_tokens(backend: Backend, decay: str, value: float) -> None:
 def test_before_a_reset(backend: Backend, value: float) -> None:
     """Everything before a gate of -inf may be NaN, the initial state included; so may its gradients."""
     need(backend, "simple_gla")
-    for dtype in backend.dtypes:
-        for reset in (0, 1, 40, 64, 70):
-            case = Case(lengths=(90,), decay="gates", dtype=dtype, key_size=16, value_size=16)
+    tokens, resets = (40, (1, 33)) if backend.slow else (90, (0, 1, 40, 64, 70))
+    for dtype in backend.dtypes[:1] if backend.slow else backend.dtypes:
+        for reset in resets:
+            case = Case(lengths=(tokens,), heads=1, decay="gates", dtype=dtype, key_size=16, value_size=16)
             args = make(case, backend.device)
             args["g"][:, reset] = -math.inf
             bad = poisoned(args, value, slice(0, reset), "q", "k", "v")
@@ -92,9 +93,10 @@ def test_before_a_reset(backend: Backend, value: float) -> None:
             assert dirty[:, reset:].isfinite().all() and dirty_state.isfinite().all()
             assert_near("out", dirty[:, reset:], out[:, reset:])
             assert_near("state", dirty_state, state, dtype)
-            for x in gradients(backend, case, bad, ones(args))[:4]:
+            grads = gradients(backend, case, bad, ones(args))[:4]
+            for x in grads:
                 assert x[:, reset:].isfinite().all()
-            assert (gradients(backend, case, bad, ones(args))[3][:, reset] == 0).all()
+            assert (grads[3][:, reset] == 0).all()
 
 
 @pytest.mark.parametrize("value", VALUES)

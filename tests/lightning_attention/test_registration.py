@@ -24,9 +24,9 @@ SCHEMAS = {
     "lightning_attention": f"({QKV}, Tensor slopes, *, {FORWARD}",
     "simple_gla": f"({QKV}, Tensor g, *, {FORWARD}",
     "lightning_attention_backward": f"(Tensor grad_out, {QKV}, Tensor slopes, *, Tensor? grad_final_state=None, "
-    f"{OPTIONS}) -> ({GRADS}, Tensor grad_slopes, Tensor grad_initial_state)",
-    "simple_gla_backward": f"(Tensor grad_out, {QKV}, Tensor g, *, Tensor? grad_final_state=None, {OPTIONS}) -> "
-    f"({GRADS}, Tensor grad_g, Tensor grad_initial_state)",
+    f"{OPTIONS}, bool decay_gradient=True) -> ({GRADS}, Tensor grad_slopes, Tensor grad_initial_state)",
+    "simple_gla_backward": f"(Tensor grad_out, {QKV}, Tensor g, *, Tensor? grad_final_state=None, {OPTIONS}, "
+    f"bool decay_gradient=True) -> ({GRADS}, Tensor grad_g, Tensor grad_initial_state)",
     "lightning_chunk_state": "(Tensor k, Tensor v, Tensor slopes, *, Tensor? cu_seqlens=None) -> Tensor",
     "lightning_apply_state": "(Tensor q, Tensor state, Tensor slopes, *, Tensor? cu_seqlens=None, "
     "float? scale=None) -> Tensor",

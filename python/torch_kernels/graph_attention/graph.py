@@ -188,6 +188,12 @@ class SegmentGraph:
             a, b = begin[s], begin[s + 1]
             axes.add_patch(Polygon([(a, a), (b, b), (a, b)], color="C1", lw=0))
             for line in (axes.axhline, axes.axvline):
-                line(b, color="0.85", lw=0.5, zorder=0)
+                line(b, color="0.85", lw=0.5, zorder=2)
         axes.set(xlim=(0, end), ylim=(end, 0), xlabel="keys", ylabel="queries", aspect="equal")
+        if len(self) <= 16:
+            middles = [(a + b) / 2 for a, b in zip(begin, begin[1:], strict=False)]
+            axes.set_xticks(middles, [f"{s}" for s in range(len(self))])
+            axes.set_yticks(middles, [f"{s}" for s in range(len(self))])
+            axes.set(xlabel="keys of segment", ylabel="queries of segment")
+            axes.tick_params(length=0)
         return axes

@@ -100,7 +100,7 @@ def _turned(x: Tensor, turn: Tensor | None, inv_freq: Tensor | None, interleaved
 
 def _by_query_head(x: Tensor, rows: tuple[Tensor, ...], heads: int, dtype: torch.dtype) -> Tensor:
     """Keys or values ``[Hq, Lk, D]`` of these rows."""
-    found = x[rows].to(dtype)
+    found = x[rows].to(dtype).contiguous()
     return found.repeat_interleave(heads // max(found.shape[1], 1), 1).transpose(0, 1)
 
 
@@ -131,7 +131,7 @@ def graph_attention(
     for place, seen in _segments(q, k, *graph, block_table, inv_freq, q_start, edge_start, own_start):
         if not seen:
             continue
-        queries = q[place].to(accumulate)
+        queries = q[place].to(accumulate).contiguous()
         scores, values = [], []
         for source in seen:
             turned = _turned(queries, source.turn, inv_freq, interleaved).transpose(0, 1)
@@ -155,6 +155,13 @@ def _weighted_sum(weights: Tensor, visible: Tensor, values: Tensor) -> Tensor:
         hit = visible.to(values.dtype) @ where.to(values.dtype) > 0
         total = total + torch.where(hit, special, 0.0)
     return total
+
+
+def _product(weights: Tensor, visible: Tensor, values: Tensor) -> Tensor:
+    """``weights @ values``, NaN where a value that is seen is not finite."""
+    strange = ~values.isfinite()
+    hit = visible.to(values.dtype) @ strange.to(values.dtype) > 0
+    return (weights @ values.masked_fill(strange, 0)).masked_fill(hit, math.nan)
 
 
 def graph_attention_backward(
@@ -194,7 +201,8 @@ def graph_attention_backward(
     for place, seen in _segments(q, k, *graph, None, inv_freq, q_start, edge_start, own_start):
         if not seen or place.start == place.stop:
             continue
-        queries, grads = q[place].to(accumulate), grad_out[place].to(accumulate).transpose(0, 1)
+        queries, grads = (x[place].to(accumulate).contiguous() for x in (q, grad_out))
+        grads = grads.transpose(0, 1)
         parts = []
         for source in seen:
             turned = _turned(queries, source.turn, inv_freq, interleaved).transpose(0, 1)
@@ -209,12 +217,13 @@ def graph_attention_backward(
         for source, turned, keys, values, scores in parts:
             weights = torch.exp(scores - row_lse[..., None]).masked_fill(~source.visible, 0)
             grad_weights = (grads @ values.transpose(1, 2)).masked_fill(~source.visible, 0)
-            grad_scores = scale * weights * (grad_weights - delta)
-            grad_turned = (grad_scores @ keys).transpose(0, 1)
+            grad_scores = (scale * weights * (grad_weights - delta)).masked_fill(~source.visible, 0)
+            grad_turned = _product(grad_scores, source.visible, keys).transpose(0, 1)
             back = None if source.turn is None else -source.turn
             grad_q[place] += _turned(grad_turned, back, inv_freq, interleaved)
-            grad_k.index_add_(0, source.rows[0], of_kv_heads(grad_scores.transpose(1, 2) @ turned))
-            grad_v.index_add_(0, source.rows[0], of_kv_heads(weights.transpose(1, 2) @ grads))
+            seen_by = source.visible.T
+            grad_k.index_add_(0, source.rows[0], of_kv_heads(_product(grad_scores.transpose(1, 2), seen_by, turned)))
+            grad_v.index_add_(0, source.rows[0], of_kv_heads(_product(weights.transpose(1, 2), seen_by, grads)))
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 

@@ -114,7 +114,10 @@ def _multiply_rotated(
     q, scale = _op.rotate_quantize(x, signs=signs, smooth=smooth, x_scale=x_scale)
     products = _op.int8_mm(q.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
     y = products.float() * scale[..., None] * weight_scale
-    return (y if bias is None else y + bias).to(x.dtype)
+    if bias is not None:
+        y = y + bias
+    # A cast that does nothing would have Dynamo of torch 2.11 lose the incoming gradient.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class _RotatedLinear(torch.autograd.Function):

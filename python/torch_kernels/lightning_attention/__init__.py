@@ -123,6 +123,7 @@ def lightning_attention_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    decay_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""The gradients of :func:`lightning_attention`, which autograd calls; for custom backward passes.
 
@@ -143,6 +144,7 @@ def lightning_attention_backward(
         initial_state: ``[N, H, K, V]``.
         cu_seqlens: ``[N+1]``.
         scale: None means 1.
+        decay_gradient: False leaves grad_slopes out: it comes back empty.
 
     Returns:
         grad_q, grad_k, grad_v and grad_slopes, each as what it belongs to (slopes: summed over batch and tokens), and
@@ -150,7 +152,7 @@ def lightning_attention_backward(
     """
     return _op.lightning_attention_backward(
         grad_out, q, k, v, slopes, grad_final_state=grad_final_state, initial_state=initial_state,
-        cu_seqlens=cu_seqlens, scale=scale,
+        cu_seqlens=cu_seqlens, scale=scale, decay_gradient=decay_gradient,
     )  # fmt: skip
 
 
@@ -165,6 +167,7 @@ def simple_gla_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    decay_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""The gradients of :func:`simple_gla`, which autograd calls; for custom backward passes.
 
@@ -180,6 +183,7 @@ def simple_gla_backward(
         initial_state: ``[N, H, K, V]``.
         cu_seqlens: ``[N+1]``.
         scale: None means 1.
+        decay_gradient: False leaves grad_g out: it comes back empty.
 
     Returns:
         grad_q, grad_k, grad_v and grad_g, each as what it belongs to, and grad_initial_state ``[N, H, K, V]``,
@@ -187,7 +191,7 @@ def simple_gla_backward(
     """
     return _op.simple_gla_backward(
         grad_out, q, k, v, g, grad_final_state=grad_final_state, initial_state=initial_state, cu_seqlens=cu_seqlens,
-        scale=scale,
+        scale=scale, decay_gradient=decay_gradient,
     )  # fmt: skip
 
 

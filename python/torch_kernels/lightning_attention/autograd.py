@@ -56,8 +56,10 @@ class _WholeSequences(torch.autograd.Function):
         op = _op.lightning_attention_backward if ctx.decay == "slopes" else _op.simple_gla_backward
         *grads, grad_state = op(
             grad_out, q, k, v, rate, grad_final_state=grad_final_state if ctx.output_final_state else None,
-            initial_state=initial_state, cu_seqlens=cu_seqlens, scale=ctx.scale,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, scale=ctx.scale, decay_gradient=ctx.needs_input_grad[4],
         )  # fmt: skip
+        if not ctx.needs_input_grad[4]:
+            grads[3] = None
         return None, *grads, None if initial_state is None else grad_state, None, None, None
 
 
@@ -79,9 +81,10 @@ class _ChunkState(torch.autograd.Function):
         """The state is the final one of any attention over these keys and values."""
         k, v, slopes, cu_seqlens = ctx.saved_tensors
         _, grad_k, grad_v, grad_slopes, _ = _op.lightning_attention_backward(
-            _zeros(v), _zeros(k), k, v, slopes, grad_final_state=grad, cu_seqlens=cu_seqlens
-        )
-        return grad_k, grad_v, grad_slopes, None
+            _zeros(v), _zeros(k), k, v, slopes, grad_final_state=grad, cu_seqlens=cu_seqlens,
+            decay_gradient=ctx.needs_input_grad[2],
+        )  # fmt: skip
+        return grad_k, grad_v, grad_slopes if ctx.needs_input_grad[2] else None, None
 
 
 def apply_state(q: Tensor, state: Tensor, slopes: Tensor, cu_seqlens: Tensor | None, scale: float | None) -> Tensor:
@@ -107,9 +110,10 @@ class _ApplyState(torch.autograd.Function):
         tokens, heads = q[:, :, :1].expand(-1, -1, state.shape[1], -1), state.shape[3]
         k, v = _zeros(tokens), _zeros(tokens[..., :1].expand(-1, -1, -1, heads))
         grad_q, _, _, grad_slopes, grad_state = _op.lightning_attention_backward(
-            grad, q, k, v, slopes, initial_state=state, cu_seqlens=cu_seqlens, scale=ctx.scale
-        )
-        return grad_q, grad_state, grad_slopes, None, None
+            grad, q, k, v, slopes, initial_state=state, cu_seqlens=cu_seqlens, scale=ctx.scale,
+            decay_gradient=ctx.needs_input_grad[2],
+        )  # fmt: skip
+        return grad_q, grad_state, grad_slopes if ctx.needs_input_grad[2] else None, None, None
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -170,6 +170,7 @@ def _check_backward(
     initial_state: Any,
     cu_seqlens: Any,
     scale: Any,
+    decay_gradient: Any,
 ) -> None:
     dims = _check_forward(decay, op, q, k, v, rate, initial_state, cu_seqlens)
     _checks.shape(op, dims, grad_out=(grad_out, "B T Hq V"), grad_final_state=(grad_final_state, "N H K V"))
@@ -179,18 +180,23 @@ def _check_backward(
 
 
 def _allocate_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, grad_final_state: Any, initial_state: Any, *_: Any
-) -> tuple[Tensor, ...]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, grad_final_state: Any, initial_state: Any,
+    cu_seqlens: Any, scale: Any, decay_gradient: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     states = 0 if initial_state is None else initial_state.shape[0]
     grad_state = q.new_empty((states, k.shape[2], k.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
-    return *(x.new_empty(x.shape) for x in (q, k, v, rate)), grad_state
+    grad_rate = rate.new_empty(rate.shape if decay_gradient else 0)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), grad_rate, grad_state
 
 
 def _validate_backward(op: str, grad_out: Tensor, *rest: Any) -> None:
     _validate_sequences(op, grad_out.shape[1], rest[6])
 
 
-BACKWARD = "Tensor? grad_final_state=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None"
+BACKWARD = (
+    "Tensor? grad_final_state=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, "
+    "bool decay_gradient=True"
+)
 
 lightning_attention_backward = _op(
     f"lightning_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor slopes, *, {BACKWARD}) -> "

@@ -107,6 +107,7 @@ def simple_gla_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    decay_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Walks back with the gradient ``carry`` of the state after each token; blocks of states are computed again."""
     scale = 1.0 if scale is None else scale
@@ -139,6 +140,7 @@ def simple_gla_backward(
                 grad_g[:, t] = torch.where(forgotten, 0.0, (carry_before * before).sum((-1, -2))).to(g.dtype)
                 carry = carry_before
         grad_states[n] = carry
+    grad_g = grad_g if decay_gradient else g.new_empty(0)
     return grad_q, grad_k, grad_v, grad_g, grad_states[: 0 if initial_state is None else None].clone()
 
 
@@ -152,12 +154,14 @@ def lightning_attention_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    decay_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     g = _log_decay(slopes, k)
     *grads, grad_g, grad_state = simple_gla_backward(
         grad_out, q, k, v, g, grad_final_state, initial_state, cu_seqlens, scale
     )
-    return *grads, -grad_g.double().sum((0, 1)).to(slopes.dtype), grad_state  # type: ignore[return-value]
+    grad_slopes = -grad_g.double().sum((0, 1)).to(slopes.dtype) if decay_gradient else slopes.new_empty(0)
+    return *grads, grad_slopes, grad_state  # type: ignore[return-value]
 
 
 def lightning_chunk_state(k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -42,7 +42,7 @@ def _backward(arch, kind, size, columns, segments=False, gates=False, group=1):
     tile, sizes = _shape(arch, backward_tile, kind, size, columns)
     values = rows(columns, BYTES[kind])
     sizes |= {"V0": values["K0"], "V1": values["K1"], "V_PARTS": values["PARTS"], "MARK": MARK}
-    absent = ("slopes",) if gates else ("gates",)
+    absent = ("slopes",) if gates else ("gates", "dots", "state_marks", "grad_marks")
     absent += () if segments else ("cu_seqlens", "states", "grad_states", "grad_initial")
     name = f"backward_{kind}_{size}x{columns}{'_gates' * gates}{'_segments' * segments}{'_group' * (group > 1)}"
     return _case(name, backward_kernel, kind, sizes | {"GROUP": group, "SPLIT": segments}, absent, tile=tile)
@@ -74,6 +74,7 @@ def aot_cases(arch: str):
         _forward(arch, "bf16", 128, 128),
         _forward(arch, "bf16", 192, 192, segments=True, gates=True, group=2),
         _backward(arch, "bf16", 128, 128, segments=True, gates=True, group=2),
+        _backward(arch, "bf16", 128, 128),
         _backward(arch, "fp32", 128, 128),
         _states(arch, "bf16", 128, 128, gates=True, reverse=True),
         _apply(arch, "bf16", 128, 128),

@@ -41,7 +41,8 @@ def backward_kernel(
     """`heads` are those of keys and values, GROUP query heads for each. states, grad_states: before and after each
     segment, or None; with one segment the initial state and the final state's gradient.
 
-    With gates: dots [blocks, query heads, B * T] of q . dq, then [blocks, heads, B * T] of k . dk, and marks.
+    For the gates' gradient, or all None: dots [blocks, query heads, B * T] of q . dq, then [blocks, heads, B * T] of
+    k . dk, and marks.
     """
     K_BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     V_BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -84,13 +85,13 @@ def backward_kernel(
 
     if for_query:
         column = block * BLOCK + tl.arange(0, BLOCK)
-        marks = None if gates is None else state_marks + mark
+        marks = None if dots is None else state_marks + mark
         # Query heads of a group have the same states.
         mark_end = tl.where(query_head % GROUP == 0, length, -1)
         walk(
             dq + (first_row * (heads * GROUP) + query_head) * K,
-            None if gates is None else dots + (block * (heads * GROUP) + query_head) * rows_in_all + first_row,
-            grad, v, k, None if gates is None else q, slope, gates, states, None, marks, scale, begin, end, mark_end,
+            None if dots is None else dots + (block * (heads * GROUP) + query_head) * rows_in_all + first_row,
+            grad, v, k, None if dots is None else q, slope, gates, states, None, marks, scale, begin, end, mark_end,
             False,
             heads * GROUP * K, grad_token * 8, v_token * 8, 0, k_token * 8, 0, q_token * 8, heads, mark_step, column,
             V, V0, V1, V_PARTS, K, BLOCK, C, False, 1, True, MARK,
@@ -102,7 +103,7 @@ def backward_kernel(
         walk(
             dv + (first_row * heads + head) * V, None,
             k, q, grad, None, slope, gates, grad_states, grad_initial,
-            None if gates is None else grad_marks + mark, scale, begin, end, length,
+            None if dots is None else grad_marks + mark, scale, begin, end, length,
             begin == 0,
             heads * V, k_token * 8, q_token * 8, q_head * 8, grad_token * 8, grad_head * 8, 0, heads, mark_step, column,
             K, K0, K1, PARTS, V, BLOCK, C, True, GROUP, False, MARK,
@@ -111,10 +112,10 @@ def backward_kernel(
         column = (block - V_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         walk(
             dk + (first_row * heads + head) * K,
-            None if gates is None else (
+            None if dots is None else (
                 dots + (K_BLOCKS * GROUP * heads + (block - V_BLOCKS) * heads + head) * rows_in_all + first_row
             ),
-            v, grad, q, None if gates is None else k, slope, gates, grad_states, None, None, scale, begin, end, length,
+            v, grad, q, None if dots is None else k, slope, gates, grad_states, None, None, scale, begin, end, length,
             False,
             heads * K, v_token * 8, grad_token * 8, grad_head * 8, q_token * 8, q_head * 8, k_token * 8, heads, 0,
             column, V, V0, V1, V_PARTS, K, BLOCK, C, True, GROUP, True, MARK,
@@ -176,7 +177,8 @@ def decay_gradient_kernel(
 
 
 def _backward(
-    dq, dk, dv, grad_decay, grad_initial, grad, q, k, v, slopes, gates, grad_final, initial, cu_seqlens, scale
+    dq, dk, dv, grad_decay, grad_initial, grad, q, k, v, slopes, gates, grad_final, initial, cu_seqlens, scale,
+    decay_gradient,
 ):  # fmt: skip
     batch, tokens, query_heads, size = q.shape
     heads, columns = v.shape[2:]
@@ -196,7 +198,7 @@ def _backward(
     items, parts = room(cu_seqlens, batch, tokens, segments, SPAN)
     key_blocks, value_blocks = triton.cdiv(size, tile.block), triton.cdiv(columns, tile.block)
     marks, mark_parts, dots, state_marks, grad_marks = 0, 0, None, None, None
-    if gates is not None:
+    if gates is not None and decay_gradient:
         marks, mark_parts = room(cu_seqlens, batch, tokens, EVERY.value, MARK)
         state_marks, grad_marks = torch.empty(2, marks, heads, size, columns, dtype=torch.float32, device=device)
         dots = torch.empty(key_blocks * (query_heads + heads) * batch * tokens, dtype=torch.float32, device=device)
@@ -216,6 +218,8 @@ def _backward(
             SPLIT=segments > 1, SPAN=SPAN, MARK=MARK, C=tile.chunk,
             BLOCK=tile.block, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        if not decay_gradient:
+            return
         if gates is None:
             slope_gradient(grad_decay, grad, q, k, v, slopes, initial, grad_final, cu_seqlens, scale)
         else:
@@ -227,19 +231,19 @@ def _backward(
 
 def lightning_attention_backward(
     grad_q, grad_k, grad_v, grad_slopes, grad_initial_state,
-    grad_out, q, k, v, slopes, grad_final_state, initial_state, cu_seqlens, scale,
+    grad_out, q, k, v, slopes, grad_final_state, initial_state, cu_seqlens, scale, decay_gradient,
 ):  # fmt: skip
     _backward(
         grad_q, grad_k, grad_v, grad_slopes, grad_initial_state, grad_out, q, k, v, slopes, None, grad_final_state,
-        initial_state, cu_seqlens, scale,
+        initial_state, cu_seqlens, scale, decay_gradient,
     )  # fmt: skip
 
 
 def simple_gla_backward(
     grad_q, grad_k, grad_v, grad_g, grad_initial_state,
-    grad_out, q, k, v, g, grad_final_state, initial_state, cu_seqlens, scale,
+    grad_out, q, k, v, g, grad_final_state, initial_state, cu_seqlens, scale, decay_gradient,
 ):  # fmt: skip
     _backward(
         grad_q, grad_k, grad_v, grad_g, grad_initial_state, grad_out, q, k, v, None, g, grad_final_state,
-        initial_state, cu_seqlens, scale,
+        initial_state, cu_seqlens, scale, decay_gradient,
     )  # fmt: skip

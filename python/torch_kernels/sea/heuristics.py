@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes of the Triton kernels, and which GPU kernel serves sparse attention.
+
+Tiles follow from sizes of the call's rows and heads, dtype and architecture, never from the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Query rows up to which each is worth a block of its own, which reads exactly the columns that it keeps. An assumption:
+# half of the smallest tile.
+FEW_ROWS = 8
+
+# Up to so many, boundaries of cells are computed in 32 bits.
+MAX_CELLS = 1 << 15
+
+# Architectures whose tensor cores take operands from shared memory; on others they take registers.
+LARGE_TILES = ("sm_90", "sm_100")
+
+
+def prefers_triton(rows: int) -> bool:
+    """For sparse attention of so many query rows."""
+    return rows > FEW_ROWS
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a product's tile, and launch options."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """The next, and at least so much."""
+    return max(1 << max(size - 1, 0).bit_length(), least)
+
+
+def head_chunk(size: int, element_size: int) -> int:
+    """How much of the head size one product takes: all of it on tensor cores."""
+    return min(power_of_two(size), 32) if element_size == 4 else power_of_two(size)
+
+
+def attention_tile(rows: int, size: int, element_size: int, arch: str, clip: bool) -> Tile:
+    """Of sparse attention, for the larger head size. Clipped cells take registers."""
+    size, rows = power_of_two(size), power_of_two(rows)
+    if element_size == 4:
+        return Tile(min(rows, 16), 32, 8, 1)
+    if arch in LARGE_TILES:
+        few = rows < 64
+        return Tile(min(rows, 64), 32 if few or clip or size > 128 else 64, 4 if few or size <= 64 else 8, 2)
+    if size > 64:
+        rows = min(rows, 32)
+    return Tile(min(rows, 64), 32, 8 if size > 128 else 4, 2)
+
+
+def query_gradient_tile(size: int, element_size: int, arch: str, clip: bool) -> Tile:
+    """Clipped cells take registers."""
+    size = power_of_two(size)
+    if element_size == 4:
+        return Tile(16, 16, 8, 1)
+    if arch in LARGE_TILES and size <= 128:
+        return Tile(64, 64 if size <= 64 and not clip else 32, 4 if size <= 64 else 8, 1)
+    if size <= 64:
+        return Tile(64, 32, 8, 1)
+    return Tile(32, 32, 4, 1) if size <= 128 else Tile(16, 32, 4, 1)
+
+
+def key_gradient_tile(size: int, element_size: int, arch: str, clip: bool) -> Tile:
+    """Clipped cells take registers."""
+    size = power_of_two(size)
+    if element_size == 4:
+        return Tile(16, 16, 8, 1)
+    if size > 128:
+        return Tile(32, 32, 8, 1)
+    if arch in LARGE_TILES and size <= 64:
+        return Tile(64, 64, 4, 1)
+    return Tile(16 if clip and arch in LARGE_TILES else 32, 64, 8, 1)
+
+
+def features_tile(element_size: int, arch: str) -> Tile:
+    """Of a product with projections of this size."""
+    if element_size == 4:
+        return Tile(64, 32, 4, 1)
+    return Tile(128 if arch in LARGE_TILES else 64, 64, 4, 2)
+
+
+# Tokens whose states are summed together, before which the linear attention of a token finds a state.
+SPAN = 256
+
+
+def linear_tile(element_size: int, columns: int, arch: str) -> Tile:
+    """Of linear attention: tokens, and columns of the output."""
+    if element_size == 4:
+        return Tile(32, min(power_of_two(columns), 32), 4, 1)
+    block = min(power_of_two(columns), 128 if arch in LARGE_TILES else 64)
+    return Tile(64, block, 8, 2)
