@@ -89,7 +89,7 @@ def load_halves(
     a = tl.load(q + offset[:, None] + first[None, :], mask=mask, other=0.0)
     b = tl.load(q + offset[:, None] + second[None, :], mask=mask, other=0.0)
     if ROPE:
-        c, s = turn_of(token, exists, turns, delta, pair, SIZE)
+        c, s = turn_of(token, exists, turns, delta, pair, SIZE, True)
         x = (a * c - b * s).to(a.dtype)
         b = (a * s + b * c).to(a.dtype)
         a = x
@@ -290,7 +290,7 @@ def query_gradient_kernel(
     exists = token < q_len
     query_head = head * GROUP + row % GROUP
     if ROPE:
-        c, s = turn_of(token, exists, turns, deltas + groups.to(tl.int64) * D, pair, D)
+        c, s = turn_of(token, exists, turns, deltas + groups.to(tl.int64) * D, pair, D, False)
         new_a = grad_a * c + grad_b * s
         grad_b = grad_b * c - grad_a * s
         grad_a = new_a
@@ -384,8 +384,9 @@ def key_gradient_kernel(
 
     # The keys again, loaded anew: they occupy no registers during the loops.
     tl.debug_barrier()
+    record = key_records + tl.load(items + 2 + item * 2).to(tl.int64) * SEGMENT_FIELDS
     key = tl.load(items + 3 + item * 2) // MAX_SPLITS * BLOCK_K + tl.arange(0, BLOCK_K)
-    present = key < key_len
+    present = key < tl.load(record + KEY_LEN)
     position = tl.load(record + KEY_BEGIN).to(tl.int64) + key
     if OF_KEYS:
         pair = tl.arange(0, BLOCK_D // 2)
@@ -479,7 +480,8 @@ def graph_attention_backward(
                 deltas, scale * LOG2E.value, scale, tokens, kv_heads,
                 *grad_k.stride()[:2], *grad_v.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2],
                 *k.stride()[:2], *v.stride()[:2], **constants, OF_KEYS=of_keys, OF_VALUES=of_values,
-                BLOCK_M=key_config.block_m, BLOCK_K=key_config.block_n, STAGES=key_config.num_stages, num_warps=key_config.num_warps,
+                BLOCK_M=key_config.block_m, BLOCK_K=key_config.block_n, STAGES=key_config.num_stages,
+                num_warps=key_config.num_warps,
             )  # fmt: skip
 
 
