@@ -50,7 +50,7 @@ def attention_config(size: int, value_size: int, element_size: int, rotated: boo
     if widest > 128:
         return Config(32, 16, 16, 4, 2)
     if rotated and widest > 64:
-        return Config(32, 32, 16, 4, 2)
+        return Config(32, 32, 16, 8 if arch == "sm_120" else 4, 2)
     return Config(64, 32, 32, 4, 2)
 
 
