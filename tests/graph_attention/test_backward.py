@@ -65,6 +65,13 @@ def test_shared_sources_and_long_segments(backend: Backend) -> None:
         check(backend, case.replace(dtype=dtype, rope="half"))
 
 
+@pytest.mark.parametrize("sizes", [(136, 16), (16, 136)])
+def test_large_heads(backend: Backend, sizes: tuple[int, int]) -> None:
+    """In Triton the gradients of keys and of values have launches of their own."""
+    case = Case(q_lengths=(5, 9), kv_lengths=(17, 7), density=1.0, own="all", rope="half", dtype=torch.float16)
+    check(backend, case.replace(head_size=sizes[0], value_size=sizes[1]))
+
+
 def test_gradcheck(backend: Backend) -> None:
     if torch.float64 not in backend.dtypes:
         pytest.skip("no float64")
@@ -107,10 +114,12 @@ def test_keys_that_nobody_sees(backend: Backend) -> None:
         assert (x == 0).all()
 
 
-def test_a_hidden_nan_never_leaks(backend: Backend) -> None:
+@pytest.mark.parametrize("size", [64, 136])
+def test_a_hidden_nan_never_leaks(backend: Backend, size: int) -> None:
     """The last own keys and the gradients of the last rows are NaN: what comes before keeps its bits."""
-    args = make(Case(q_lengths=(21,), kv_lengths=(21,), own="all", density=0.0, seed=0), backend.device)
-    grad = torch.randn(21, 4, 64, generator=torch.Generator().manual_seed(0)).to(args["q"])
+    case = Case(q_lengths=(21,), kv_lengths=(21,), own="all", density=0.0, seed=0, head_size=size, value_size=size)
+    args = make(case, backend.device)
+    grad = torch.randn(21, 4, size, generator=torch.Generator().manual_seed(0)).to(args["q"])
     zero = grad.clone()
     zero[16:] = 0
     clean = gradients(backend, args, zero)

@@ -97,7 +97,7 @@ def dot_in_chunks(
         a = tl.load(q + q_offset[:, None] + first[None, :], mask=q_exists[:, None] & inside, other=0.0)
         b = tl.load(q + q_offset[:, None] + second[None, :], mask=q_exists[:, None] & inside, other=0.0)
         if ROPE:
-            c, s = turn_of(token, q_exists, turns, delta, pair, SIZE)
+            c, s = turn_of(token, q_exists, turns, delta, pair, SIZE, False)
             x = a * c - b * s
             b = a * s + b * c
             a = x

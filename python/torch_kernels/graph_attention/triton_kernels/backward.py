@@ -89,7 +89,7 @@ def load_halves(
     a = tl.load(q + offset[:, None] + first[None, :], mask=mask, other=0.0)
     b = tl.load(q + offset[:, None] + second[None, :], mask=mask, other=0.0)
     if ROPE:
-        c, s = turn_of(token, exists, turns, delta, pair, SIZE)
+        c, s = turn_of(token, exists, turns, delta, pair, SIZE, True)
         x = (a * c - b * s).to(a.dtype)
         b = (a * s + b * c).to(a.dtype)
         a = x
@@ -290,7 +290,7 @@ def query_gradient_kernel(
     exists = token < q_len
     query_head = head * GROUP + row % GROUP
     if ROPE:
-        c, s = turn_of(token, exists, turns, deltas + groups.to(tl.int64) * D, pair, D)
+        c, s = turn_of(token, exists, turns, deltas + groups.to(tl.int64) * D, pair, D, False)
         new_a = grad_a * c + grad_b * s
         grad_b = grad_b * c - grad_a * s
         grad_a = new_a
@@ -308,10 +308,12 @@ def key_gradient_kernel(
     gk_stride_t, gk_stride_h, gv_stride_t, gv_stride_h, go_stride_t, go_stride_h, q_stride_t, q_stride_h,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (items * key/value heads): a tile of BLOCK_K keys, and all rows that read it, BLOCK_M at a time."""
+    """Grid (items * key/value heads): a tile of BLOCK_K keys, and all rows that read it, BLOCK_M at a time. Gives the
+    gradients of keys, of values, or both."""
     item = tl.program_id(0) // kv_heads
     head = (tl.program_id(0) % kv_heads).to(tl.int64)
     if item >= tl.load(items):
@@ -329,10 +331,12 @@ def key_gradient_kernel(
     k_a, k_b = load_key_halves(
         k + head * k_stride_h, position * k_stride_t, present, D, BLOCK_D, INTERLEAVED, True
     )  # fmt: skip
-    v_tile = load_keys(v + head * v_stride_h, position * v_stride_t, present, DV, BLOCK_DV, True)
-    grad_a = tl.zeros((BLOCK_K, BLOCK_D // 2), tl.float32)
-    grad_b = tl.zeros((BLOCK_K, BLOCK_D // 2), tl.float32)
-    value_grad = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
+    if OF_KEYS:
+        v_tile = load_keys(v + head * v_stride_h, position * v_stride_t, present, DV, BLOCK_DV, True)
+        grad_a = tl.zeros((BLOCK_K, BLOCK_D // 2), tl.float32)
+        grad_b = tl.zeros((BLOCK_K, BLOCK_D // 2), tl.float32)
+    if OF_VALUES:
+        value_grad = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
     for reader in range(0, all_readers):
         query_record = records + tl.load(readers + reader * 2).to(tl.int64) * SEGMENT_FIELDS
         q_begin = tl.load(query_record + Q_BEGIN).to(tl.int64)
@@ -356,40 +360,45 @@ def key_gradient_kernel(
             grad = load_keys(grad_out, go_offset, exists, DV, BLOCK_DV, True)
             row_lse = tl.load(lse + at, mask=exists, other=float("inf")) * LOG2E
             row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-            row_delta = tl.load(delta + at, mask=exists, other=0.0)
             scores = tl.dot(k_a, tl.trans(q_a), input_precision="ieee")
             scores = tl.dot(k_b, tl.trans(q_b), scores, input_precision="ieee")
             weights = tl.exp2(scores * scale - row_lse[None, :])
-            change = tl.dot(v_tile, tl.trans(grad), input_precision="ieee") - row_delta[None, :]
             visible = key[:, None] <= (token + ahead)[None, :]
-            change = tl.where(visible, weights * change, 0.0)
-            weights = tl.where(visible, weights, 0.0)
-            if own:
-                # NaN and infinities of a row must not reach keys that it does not see; those it sees get NaN.
-                strange = tl.max(((grad != grad) | (tl.abs(grad) == float("inf"))).to(tl.int32), axis=1) > 0
-                weights = tl.where(visible & strange[None, :], float("nan"), weights)
-                grad = zero_strange(grad)
-                q_a = zero_strange(q_a)
-                q_b = zero_strange(q_b)
-            value_grad = tl.dot(weights.to(grad.dtype), grad, value_grad, input_precision="ieee")
-            change = change.to(q_a.dtype)
-            grad_a = tl.dot(change, q_a, grad_a, input_precision="ieee")
-            grad_b = tl.dot(change, q_b, grad_b, input_precision="ieee")
+            if OF_KEYS:
+                row_delta = tl.load(delta + at, mask=exists, other=0.0)
+                change = tl.dot(v_tile, tl.trans(grad), input_precision="ieee") - row_delta[None, :]
+                change = tl.where(visible, weights * change, 0.0).to(q_a.dtype)
+                if own:
+                    # NaN and infinities of a row must not reach keys that it does not see; those it sees get NaN.
+                    q_a = zero_strange(q_a)
+                    q_b = zero_strange(q_b)
+                grad_a = tl.dot(change, q_a, grad_a, input_precision="ieee")
+                grad_b = tl.dot(change, q_b, grad_b, input_precision="ieee")
+            if OF_VALUES:
+                weights = tl.where(visible, weights, 0.0)
+                if own:
+                    strange = tl.max(((grad != grad) | (tl.abs(grad) == float("inf"))).to(tl.int32), axis=1) > 0
+                    weights = tl.where(visible & strange[None, :], float("nan"), weights)
+                    grad = zero_strange(grad)
+                value_grad = tl.dot(weights.to(grad.dtype), grad, value_grad, input_precision="ieee")
 
     # The keys again, loaded anew: they occupy no registers during the loops.
     tl.debug_barrier()
+    record = key_records + tl.load(items + 2 + item * 2).to(tl.int64) * SEGMENT_FIELDS
     key = tl.load(items + 3 + item * 2) // MAX_SPLITS * BLOCK_K + tl.arange(0, BLOCK_K)
-    present = key < key_len
+    present = key < tl.load(record + KEY_LEN)
     position = tl.load(record + KEY_BEGIN).to(tl.int64) + key
-    pair = tl.arange(0, BLOCK_D // 2)
-    first, second = pair_columns(pair, D, INTERLEAVED)
-    mask = present[:, None] & (pair < D // 2)[None, :]
-    to = grad_k + (position * gk_stride_t + head * gk_stride_h)[:, None]
-    tl.store(to + first[None, :], (grad_a * score_scale).to(grad_k.dtype.element_ty), mask=mask)
-    tl.store(to + second[None, :], (grad_b * score_scale).to(grad_k.dtype.element_ty), mask=mask)
-    d = tl.arange(0, BLOCK_DV)
-    to = grad_v + (position * gv_stride_t + head * gv_stride_h)[:, None] + d[None, :]
-    tl.store(to, value_grad.to(grad_v.dtype.element_ty), mask=present[:, None] & (d < DV)[None, :])
+    if OF_KEYS:
+        pair = tl.arange(0, BLOCK_D // 2)
+        first, second = pair_columns(pair, D, INTERLEAVED)
+        mask = present[:, None] & (pair < D // 2)[None, :]
+        to = grad_k + (position * gk_stride_t + head * gk_stride_h)[:, None]
+        tl.store(to + first[None, :], (grad_a * score_scale).to(grad_k.dtype.element_ty), mask=mask)
+        tl.store(to + second[None, :], (grad_b * score_scale).to(grad_k.dtype.element_ty), mask=mask)
+    if OF_VALUES:
+        d = tl.arange(0, BLOCK_DV)
+        to = grad_v + (position * gv_stride_t + head * gv_stride_h)[:, None] + d[None, :]
+        tl.store(to, value_grad.to(grad_v.dtype.element_ty), mask=present[:, None] & (d < DV)[None, :])
 
 
 def graph_attention_backward(
@@ -465,19 +474,29 @@ def graph_attention_backward(
             segments, plan.edges, BLOCK_K=key_config.block_n, num_warps=4,
         )  # fmt: skip
         schedule_kernel[(key_segments,)](items, key_records, key_segments, capacity, 0, BLOCK_M=1, num_warps=4)
-        key_gradient_kernel[(capacity * kv_heads,)](
-            grad_k, grad_v, grad_out, q, k, v, lse, delta, items, key_records, readers, plan.records, turns, deltas,
-            scale * LOG2E.value, scale, tokens, kv_heads,
-            *grad_k.stride()[:2], *grad_v.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2], *k.stride()[:2],
-            *v.stride()[:2], **constants, BLOCK_M=key_config.block_m, BLOCK_K=key_config.block_n,
-            STAGES=key_config.num_stages, num_warps=key_config.num_warps,
-        )  # fmt: skip
+        for of_keys, of_values in gradients_together(size, value_size):
+            key_gradient_kernel[(capacity * kv_heads,)](
+                grad_k, grad_v, grad_out, q, k, v, lse, delta, items, key_records, readers, plan.records, turns,
+                deltas, scale * LOG2E.value, scale, tokens, kv_heads,
+                *grad_k.stride()[:2], *grad_v.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2],
+                *k.stride()[:2], *v.stride()[:2], **constants, OF_KEYS=of_keys, OF_VALUES=of_values,
+                BLOCK_M=key_config.block_m, BLOCK_K=key_config.block_n, STAGES=key_config.num_stages,
+                num_warps=key_config.num_warps,
+            )  # fmt: skip
 
 
-def _aot_case(kernel, name, arch, *, dtype, size, group=4, rope=False, config=None):
+def gradients_together(size, value_size):
+    """Pairs (of keys, of values): the gradients that a launch computes. Large heads have registers for one of them."""
+    both = max(heuristics.block(size), heuristics.block(value_size)) <= 128
+    return [(True, True)] if both else [(True, False), (False, True)]
+
+
+def _aot_case(kernel, name, arch, *, dtype, size, group=4, rope=False, gradients=None, config=None):
     which = 0 if kernel is query_gradient_kernel else 1
     config = config or heuristics.backward_configs(size, size, 4 if dtype == "*fp32" else 2, rope, arch)[which]
     tiles = {"BLOCK_N": config.block_n, "BLOCK_T": config.block_t} if which == 0 else {"BLOCK_K": config.block_n}
+    if gradients:
+        tiles |= {"OF_KEYS": gradients[0], "OF_VALUES": gradients[1]}
     constants = {
         "GROUP": group, "D": size, "DV": size, "ROPE": rope, "INTERLEAVED": False, "BLOCK_M": config.block_m,
         "BLOCK_D": heuristics.block(size), "BLOCK_DV": heuristics.block(size), "STAGES": config.num_stages,
@@ -496,12 +515,16 @@ def _aot_case(kernel, name, arch, *, dtype, size, group=4, rope=False, config=No
 
 def aot_cases(arch: str):
     cases = []
-    for kernel, what in ((query_gradient_kernel, "query_gradient"), (key_gradient_kernel, "key_gradient")):
-        cases += [
-            _aot_case(kernel, f"{what}_bf16_d128", arch, dtype="*bf16", size=128),
-            _aot_case(kernel, f"{what}_bf16_d128_rope", arch, dtype="*bf16", size=128, rope=True),
-            _aot_case(kernel, f"{what}_fp16_d64_rope", arch, dtype="*fp16", size=64, rope=True),
-            _aot_case(kernel, f"{what}_bf16_d256_rope", arch, dtype="*bf16", size=256, rope=True),
-            _aot_case(kernel, f"{what}_fp32_d128_rope", arch, dtype="*fp32", size=128, rope=True),
-        ]
+    for name, dtype, size, rope in (
+        ("bf16_d128", "*bf16", 128, False),
+        ("bf16_d128_rope", "*bf16", 128, True),
+        ("fp16_d64_rope", "*fp16", 64, True),
+        ("bf16_d256_rope", "*bf16", 256, True),
+        ("fp32_d128_rope", "*fp32", 128, True),
+    ):
+        kind = {"dtype": dtype, "size": size, "rope": rope}
+        cases.append(_aot_case(query_gradient_kernel, f"query_gradient_{name}", arch, **kind))
+        for gradients in gradients_together(size, size):
+            of = {(True, True): "key", (True, False): "key_only", (False, True): "value"}[gradients]
+            cases.append(_aot_case(key_gradient_kernel, f"{of}_gradient_{name}", arch, gradients=gradients, **kind))
     return cases

@@ -45,8 +45,9 @@ def pair_columns(pair, SIZE: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def turn_of(token, exists, turns, delta, pair, SIZE: tl.constexpr):
-    """Cosines and sines for the tokens (rows) and pairs of columns; `delta` is a row of the table of deltas."""
+def turn_of(token, exists, turns, delta, pair, SIZE: tl.constexpr, LATE: tl.constexpr):
+    """Cosines and sines for the tokens (rows) and pairs of columns; `delta` is a row of the table of deltas. LATE: it
+    is loaded where it is needed, not ahead of a loop, throughout which it would occupy registers."""
     inside = pair < SIZE // 2
     mask = exists[:, None] & inside[None, :]
     lowest = tl.min(token, axis=0)
@@ -54,8 +55,8 @@ def turn_of(token, exists, turns, delta, pair, SIZE: tl.constexpr):
     at = (token - lowest)[:, None] * SIZE + pair[None, :]
     c = tl.load(turns + at, mask=mask, other=0.0)
     s = tl.load(turns + at + SIZE // 2, mask=mask, other=0.0)
-    delta_c = tl.load(delta + pair, mask=inside, other=0.0)[None, :]
-    delta_s = tl.load(delta + SIZE // 2 + pair, mask=inside, other=0.0)[None, :]
+    delta_c = tl.load(delta + pair, mask=inside, other=0.0, volatile=LATE)[None, :]
+    delta_s = tl.load(delta + SIZE // 2 + pair, mask=inside, other=0.0, volatile=LATE)[None, :]
     return c * delta_c - s * delta_s, s * delta_c + c * delta_s
 
 
@@ -78,7 +79,7 @@ def store_turned(
         first, second = pair_columns(pair, SIZE, INTERLEAVED)
         a = tl.load(q + offset[:, None] + first[None, :], mask=exists[:, None] & inside, other=0.0).to(tl.float32)
         b = tl.load(q + offset[:, None] + second[None, :], mask=exists[:, None] & inside, other=0.0).to(tl.float32)
-        c, s = turn_of(token, exists, turns, delta, pair, SIZE)
+        c, s = turn_of(token, exists, turns, delta, pair, SIZE, SIZE <= 128)
         x = a * c - b * s
         y = a * s + b * c
         if NEGATE:
