@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kDigitBits = 11, kBins = 1 << kDigitBits;
 constexpr int kThreadBins = kBins / kThreads;
+constexpr int kBlocksPerProcessor = 4;  // left to itself the compiler takes 32 registers and spills
 
 // An integer in the order of scores. NaN counts as -inf, -0 as +0.
 template <class T>
@@ -53,7 +54,7 @@ DEVICE int2 sums_from_behind(int own) {
 }
 
 template <class T, bool kCached>
-__global__ void __launch_bounds__(kThreads) select_kernel(SeaSelectParams p, double wanted) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) select_kernel(SeaSelectParams p, double wanted) {
   using Key = OrderedKey<T>;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int heads = int(p.scores.size[1]), num_cells = int(p.scores.size[3]), total = heads * num_cells;

@@ -78,6 +78,8 @@ def key_gradient_tile(size: int, element_size: int, arch: str, clip: bool) -> Ti
     size = power_of_two(size)
     if element_size == 4:
         return Tile(16, 16, 8, 1)
+    if arch.startswith("gfx") and size > 64:
+        return Tile(16, 32, 4, 1)
     if size > 128:
         return Tile(32, 32, 8, 1)
     if arch in LARGE_TILES and size <= 64:
