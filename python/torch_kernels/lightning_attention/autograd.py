@@ -54,13 +54,14 @@ class _WholeSequences(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rate, initial_state, cu_seqlens = ctx.saved_tensors
         op = _op.lightning_attention_backward if ctx.decay == "slopes" else _op.simple_gla_backward
-        *grads, grad_state = op(
+        grad_q, grad_k, grad_v, grad_rate, grad_state = op(
             grad_out, q, k, v, rate, grad_final_state=grad_final_state if ctx.output_final_state else None,
             initial_state=initial_state, cu_seqlens=cu_seqlens, scale=ctx.scale, decay_gradient=ctx.needs_input_grad[4],
         )  # fmt: skip
-        if not ctx.needs_input_grad[4]:
-            grads[3] = None
-        return None, *grads, None if initial_state is None else grad_state, None, None, None
+        return (
+            None, grad_q, grad_k, grad_v, grad_rate if ctx.needs_input_grad[4] else None,
+            None if initial_state is None else grad_state, None, None, None,
+        )  # fmt: skip
 
 
 def chunk_state(k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None) -> Tensor:
