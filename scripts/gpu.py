@@ -110,7 +110,7 @@ def steps(machine: Machine) -> list[Step]:
     return [
         Step("build", "modules for this GPU only", 4, build_commands(machine), missing=missing_for_build(machine)),
         Step(
-            "info", "versions, devices, and which backend serves which op", 1, [[python, "-m", "torch_kernels", "info"]]
+            "info", "versions, devices, and which backend serves which op", 2, [[python, "-m", "torch_kernels", "info"]]
         ),
         Step("selftest", "every op against its reference", 1, [[python, "-m", "torch_kernels", "selftest"]]),
         Step("reruns", "bitwise reruns, CUDA graphs, streams, for every op", 2, [[*pytest, "tests/test_gpu.py"]]),

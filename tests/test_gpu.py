@@ -176,7 +176,7 @@ def test_the_script_reports_what_it_did(tmp_path: Path) -> None:
     def script(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "scripts/gpu.py", "--dry-run", "--output", str(tmp_path), *words]
         return subprocess.run(
-            command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=120
+            command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=300
         )
 
     result = script("--only", "info,memcheck")
