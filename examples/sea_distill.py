@@ -252,7 +252,9 @@ def draw_maps(teacher: Model, student: Model, tokens: Tensor, layer: int, path: 
             panel.set(xticks=[], yticks=[])
             if panel_row is panels[0]:
                 panel.set_title(f"head {head}", fontsize=9)
-    figure.suptitle(f"Attention of layer {layer + 1} over {tokens.shape[1]} bytes: rows see the columns before them")
+    figure.suptitle(
+        f"Attention of layer {layer + 1}, {tokens.shape[1]} bytes\nrows see the columns before them", fontsize=9
+    )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
