@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch_kernels
 from hypothesis import given, settings
@@ -62,10 +64,10 @@ def testing_backends() -> list[Backend]:
     wanted = os.environ.get("TORCH_KERNELS_TEST_BACKENDS")
     if wanted:
         return [candidates[name] for name in wanted.split(",")]
-    return [backend for backend in candidates.values() if serves(backend)]
+    return [backend for backend in candidates.values() if works(backend)]
 
 
-def serves(backend: Backend) -> bool:
+def works(backend: Backend) -> bool:
     try:
         backend("tree_mask", torch.tensor([[-1]], dtype=torch.int32, device=backend.device))
     except ValueError:
@@ -84,6 +86,18 @@ def unchecked(op: str) -> Iterator[None]:
     finally:
         declared.validate = validate
         declared.dispatcher.clear()
+
+
+@functools.cache
+def serves(backend: Backend, op: str) -> bool:
+    return any(b.name == backend.name for b in _registry.OPS[op].backends)
+
+
+def need(backend: Backend, *ops: str) -> None:
+    """Skips the test where a backend has no kernel for one of the ops."""
+    for op in ops:
+        if not serves(backend, op):
+            pytest.skip(f"{backend.name} does not serve {op}")
 
 
 CI_EXAMPLES = 20  # of a property by default

@@ -17,7 +17,7 @@ import torch_kernels
 from torch import Tensor
 from torch_kernels import _native, _registry
 
-from .backends import Backend
+from .backends import Backend, need
 from .strategies import bits
 from .tolerance import assert_bitwise
 
@@ -42,8 +42,7 @@ class Call:
     """A call of an op with arguments of its own, which may be called again after they changed in place."""
 
     def __init__(self, op: str, i: int, backend: Backend) -> None:
-        if backend.name not in [each.name for each in _registry.OPS[op].backends]:
-            pytest.skip(f"{backend.name} does not serve {op}")
+        need(backend, op)
         self.op = op
         positional, keywords = samples(backend.device, backend.name)[op][i]
         self.arguments = {name: self._own(x) for name, x in positional.items()}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch_kernels import _registry
 
 from ..backends import Backend
 from ..strategies import LAYOUTS, lay_out, seeds
@@ -130,10 +129,6 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
             layout = "sliced"  # row 0 is NaN
         args[name] = lay_out(value.to(device), layout)
     return args | {"scale": case.scale, "interleaved": case.rope == "interleaved"}
-
-
-def has_gradients(backend: Backend) -> bool:
-    return backend.name in {served.name for served in _registry.OPS["graph_attention_backward"].backends}
 
 
 def run(backend: Backend, args: dict[str, Any], op: str = "graph_attention") -> Any:

@@ -11,10 +11,10 @@ import torch_kernels
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend, for_all
+from ..backends import Backend, for_all, need
 from ..tolerance import assert_accurate, assert_bitwise
 from . import oracle
-from .cases import Case, cases, has_gradients, make
+from .cases import Case, cases, make
 from .test_bits import packed_together
 
 DIFFERENTIABLE = ("q", "k", "v")
@@ -22,8 +22,7 @@ DIFFERENTIABLE = ("q", "k", "v")
 
 @pytest.fixture(autouse=True)
 def has_a_backward_kernel(backend: Backend) -> None:
-    if not has_gradients(backend):
-        pytest.skip("no CUDA kernel: gradients are Triton's")
+    need(backend, "graph_attention_backward")
 
 
 def gradients(backend: Backend, args: dict[str, Any], grad: Tensor) -> list[Tensor]:

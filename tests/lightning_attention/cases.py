@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch_kernels import _registry
 
 from ..backends import Backend
 from ..strategies import LAYOUTS, lay_out, seeds
@@ -103,18 +100,6 @@ def run(backend: Backend, case: Case, args: dict[str, Any], final: bool = True) 
     positional = [args[name] for name in ("q", "k", "v", "g" if "g" in args else "slopes")]
     keywords = {name: args.get(name) for name in ("initial_state", "cu_seqlens", "scale")}
     return backend(case.op, *positional, **keywords, output_final_state=final)
-
-
-@functools.cache
-def serves(backend: Backend, op: str) -> bool:
-    return any(b.name == backend.name for b in _registry.OPS[op].backends)
-
-
-def need(backend: Backend, *ops: str) -> None:
-    """Skips the test where a backend has no kernel for one of the ops: the emulator for whole sequences."""
-    for op in ops:
-        if not serves(backend, op):
-            pytest.skip(f"{backend.name} does not serve {op}")
 
 
 @st.composite

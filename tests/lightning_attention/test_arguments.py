@@ -12,9 +12,8 @@ import torch
 import torch_kernels
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, need
 from ..tolerance import assert_bitwise
-from .cases import need
 from .samples import samples
 
 F32, F16, F64, I32 = torch.float32, torch.float16, torch.float64, torch.int32

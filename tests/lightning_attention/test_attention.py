@@ -10,11 +10,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend, for_all
+from ..backends import Backend, for_all, need
 from ..strategies import LAYOUTS
 from ..tolerance import assert_accurate, assert_bitwise
 from . import oracle
-from .cases import DECAYS, HEAD_SIZES, SEQUENCE_OPS, Case, cases, make, need, run, wide
+from .cases import DECAYS, HEAD_SIZES, SEQUENCE_OPS, Case, cases, make, run, wide
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 CHUNKS = (16, 64)

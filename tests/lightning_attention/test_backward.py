@@ -11,10 +11,10 @@ import torch_kernels
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend, for_all
+from ..backends import Backend, for_all, need
 from ..tolerance import assert_accurate, assert_bitwise, ulp
 from . import oracle
-from .cases import DECAYS, Case, cases, make, need, wide
+from .cases import DECAYS, Case, cases, make, wide
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 CHUNKS = (8, 16, 32, 64, 128)  # a slope's gradient is one number: its error is a sample, so several are taken

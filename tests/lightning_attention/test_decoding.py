@@ -11,11 +11,11 @@ import torch_kernels
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend, for_all
+from ..backends import Backend, for_all, need
 from ..strategies import TREES, grow, lay_out, seeds
 from ..tolerance import assert_accurate, assert_bitwise
 from . import oracle
-from .cases import Case, cases, make, need, wide
+from .cases import Case, cases, make, wide
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 CHUNKS = (16, 64)

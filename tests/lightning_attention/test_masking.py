@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, need
 from ..tolerance import assert_bitwise
-from .cases import Case, make, need, run
+from .cases import Case, make, run
 
 VALUES = [math.nan, math.inf]
 

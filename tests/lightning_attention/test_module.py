@@ -14,9 +14,8 @@ import torch_kernels
 from torch import Tensor
 from torch_kernels.nn import LightningAttention, LightningState
 
-from ..backends import Backend
+from ..backends import Backend, need
 from ..tolerance import assert_bitwise
-from .cases import need
 
 TRANSNORMER = {"activate_values": False, "lrpe": True, "norm": "srms", "gate": "identity"}
 VARIANTS = pytest.mark.parametrize("options", [{}, TRANSNORMER], ids=["minimax", "transnormer"])

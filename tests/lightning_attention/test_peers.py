@@ -14,9 +14,8 @@ import torch_kernels
 from torch import Tensor
 from torch_kernels.nn import LightningAttention
 
-from ..backends import Backend
+from ..backends import Backend, need
 from ..tolerance import assert_bitwise
-from .cases import need
 
 
 def assert_near(actual: Tensor, expected: Tensor, error: float) -> None:

@@ -11,9 +11,8 @@ import torch
 import torch_kernels
 from torch import Tensor
 
-from ..backends import Backend
+from ..backends import Backend, need
 from ..tolerance import assert_bitwise
-from .cases import need
 from .samples import samples
 
 QKV = "Tensor q, Tensor k, Tensor v"

@@ -10,11 +10,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import Backend, for_all, unchecked
+from ..backends import Backend, for_all, need, unchecked
 from ..guards import Guards
 from ..strategies import seeds
 from ..tolerance import assert_bitwise
-from .cases import Case, cases, make, need, run
+from .cases import Case, cases, make, run
 from .samples import samples
 from .test_registration import as_tuple, every_sample
 

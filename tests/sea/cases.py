@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch_kernels import _registry
 
 from ..backends import Backend
 from ..strategies import LAYOUTS, lay_out, seeds
@@ -116,18 +113,6 @@ def dense(args: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     kept = ("q", "k", "v", "scale", *GATES)
     return {name: x for name, x in args.items() if name in kept} | {"mask": mask}
-
-
-@functools.cache
-def serves(backend: Backend, op: str) -> bool:
-    return any(b.name == backend.name for b in _registry.OPS[op].backends)
-
-
-def need(backend: Backend, *ops: str) -> None:
-    """Skips the test where a backend has no kernel for one of the ops."""
-    for op in ops:
-        if not serves(backend, op):
-            pytest.skip(f"{backend.name} does not serve {op}")
 
 
 @st.composite

@@ -12,10 +12,10 @@ import torch_kernels
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import BF16, F16, F32, F64, Backend, for_all
+from ..backends import BF16, F16, F32, F64, Backend, for_all, need, serves
 from ..tolerance import assert_accurate, assert_bitwise, ulp
 from . import oracle
-from .cases import GATES, Case, cases, dense, make, need, run, serves
+from .cases import GATES, Case, cases, dense, make, run
 
 INPUTS = ("q", "k", "v", *GATES)
 

@@ -8,12 +8,12 @@ import torch
 import torch_kernels
 from torch import Tensor
 
-from ..backends import F16, F32, F64, Backend, unchecked
+from ..backends import F16, F32, F64, Backend, need, serves, unchecked
 from ..guards import Guards
 from ..strategies import lay_out
 from ..tolerance import assert_accurate, assert_bitwise
 from . import oracle
-from .cases import make_widths, need, serves
+from .cases import make_widths
 
 I32, I64 = torch.int32, torch.int64
 

@@ -12,11 +12,10 @@ import torch_kernels
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import F16, F32, F64, Backend, for_all
+from ..backends import F16, F32, F64, Backend, for_all, need
 from ..strategies import LAYOUTS, lay_out, seeds
 from ..tolerance import assert_accurate, assert_bitwise, ulp
 from . import oracle
-from .cases import need
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,11 +11,11 @@ import torch_kernels
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends import F32, Backend, for_all
+from ..backends import F32, Backend, for_all, need
 from ..strategies import LAYOUTS, lay_out, seeds
 from ..tolerance import assert_bitwise
 from . import oracle
-from .cases import make_widths, need
+from .cases import make_widths
 
 
 @pytest.fixture(autouse=True)
