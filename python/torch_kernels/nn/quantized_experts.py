@@ -29,19 +29,21 @@ class QuantizedExperts(nn.Module):
     def __init__(self, experts: nn.Module, up_layers: nn.ModuleList, down_layers: nn.ModuleList) -> None:
         super().__init__()
         self.up_layers, self.down_layers = up_layers, down_layers
-        self._like: Any = copy.copy(experts)  # it knows how the gate goes; without weights
-        self._like._parameters = {}
+        like: Any = copy.copy(experts)  # it knows how the gate goes; without weights
+        like._parameters = {}
+        self._like = (like,)  # no submodule: transformers must not initialise the weights that it no longer has
         self.train(experts.training)
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
         """Whether the module is one of transformers' experts, in a form that is known here."""
         experts: Any = module
+        if not all(hasattr(experts, name) for name in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
+            return False
         names = _names(experts)
         return (
-            hasattr(experts, "_apply_gate")
-            and isinstance(getattr(experts, "is_transposed", None), bool)
-            and not getattr(experts, "has_post_expert_norm", False)
+            not getattr(experts, "has_post_expert_norm", False)
+            and not list(experts.buffers())
             and {name for name, _ in experts.named_parameters()} == {name for pair in names for name in pair if name}
             and all(getattr(experts, name).dim() == 3 for name, _ in names)
         )
@@ -53,12 +55,13 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The outputs ``[T, H]`` of tokens ``[T, H]``, with their experts and those's weights ``[T, k]``."""
+        (like,) = self._like
         parts = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1])
         for expert in top_k_index.unique().tolist():
             if expert < len(self.up_layers):  # a larger number means none
                 token, place = (top_k_index == expert).nonzero(as_tuple=True)
                 hidden = self.up_layers[expert](hidden_states[token])
-                hidden = self._like._apply_gate(hidden) if self._like.has_gate else self._like.act_fn(hidden)
+                hidden = like._apply_gate(hidden) if like.has_gate else like.act_fn(hidden)
                 part = self.down_layers[expert](hidden) * top_k_weights[token, place, None]
                 parts[token, place] = part.to(parts.dtype)
         return parts.sum(1)
@@ -66,8 +69,8 @@ class QuantizedExperts(nn.Module):
 
 def _names(experts: Any) -> list[tuple[str, str | None]]:
     """Of the tensors of both layers, and of their biases."""
-    first = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-    biases = getattr(experts, "has_bias", False)
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    biases = experts.has_bias
     return [(name, f"{name}_bias" if biases else None) for name in (first, "down_proj")]
 
 
