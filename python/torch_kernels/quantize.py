@@ -145,7 +145,7 @@ def _substitute(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Mod
     # Parents are looked up by module, not by name: a shared module has only one name but several parents.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in made:
+            if child is not None and child in made:
                 setattr(parent, name, made[child])
     return made.get(model, model)
 

@@ -70,6 +70,11 @@ class TorchKernelsConfig(QuantizationConfigMixin):
                                      ("mode", mode, MODES), ("quant_method", quant_method, (METHOD,))):  # fmt: skip
             if value not in allowed:
                 _checks.fail("TorchKernelsConfig", name, " or ".join(map(repr, allowed)), repr(value))
+        for name, given in (("threshold", threshold), ("rotate", rotate)):
+            if given and bits != 8:
+                _checks.fail("TorchKernelsConfig", name, f"left out with bits={bits}", given)
+        if rotate and threshold > 0:
+            _checks.fail("TorchKernelsConfig", "rotate", "False with a threshold", rotate)
         self.quant_method: Any = quant_method
         self.bits, self.group_size, self.symmetric, self.mode = bits, group_size, symmetric, mode
         self.threshold, self.rotate = threshold, rotate
@@ -103,7 +108,7 @@ class TorchKernelsQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return quantize_(
                 model, config.bits, config.group_size, config.symmetric, config.mode, skip=config.skip or (),
-                **({"threshold": config.threshold, "rotate": config.rotate} if config.bits == 8 else {}),
+                threshold=config.threshold, rotate=config.rotate,
             )  # fmt: skip
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):

@@ -81,6 +81,8 @@ def test_wrong_arguments() -> None:
     for options, message in (
         ({"bits": 3}, "TorchKernelsConfig: bits must be 4 or 8, got 3"),
         ({"group_size": 33}, "TorchKernelsConfig: group_size must be -1 or 16"),
+        ({"rotate": True}, "TorchKernelsConfig: rotate must be left out with bits=4"),
+        ({"bits": 8, "rotate": True, "threshold": 6.0}, "TorchKernelsConfig: rotate must be False with a threshold"),
         ({"mode": "a4"}, "TorchKernelsConfig: mode must be 'exact' or"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -207,5 +207,6 @@ class TreeKVCache:
     def _room(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer."""
         if layer not in self._layers:
-            self._layers[layer] = tuple(x.new_empty(self.batch, self.max_length, *x.shape[2:]) for x in (k, v))
+            keys, values = (x.new_empty(self.batch, self.max_length, *x.shape[2:]) for x in (k, v))
+            self._layers[layer] = keys, values
         return self._layers[layer]
