@@ -59,7 +59,7 @@ def decode(cache: TreeKVCache, expected: list[list[int]]) -> tuple[list[list[int
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral", "gemma2", "gpt_oss"])
 def test_writes_what_greedy_decoding_does(kind: str) -> None:
     """Token for token: full and sliding windows, softcap, sinks, experts; rows of different lengths."""
-    model = model_of(kind, **({"attn_implementation": "eager"}))
+    model = model_of(kind, attn_implementation="eager")
     expected = [greedy(model, PROMPTS[i : i + 1, :n], 2 * COUNT)[0].tolist() for i, n in enumerate(LENGTHS)]
     cache = TreeKVCache(model, max_length=128, batch=len(LENGTHS))
     written, accepted = decode(cache, expected)

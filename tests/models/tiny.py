@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import pytest
@@ -68,9 +67,3 @@ def assert_near(actual: Tensor, expected: Tensor, units: int) -> None:
     """Within so many units in the last place of float32 of the largest value."""
     difference, largest = float((actual - expected).abs().max()), float(expected.abs().max())
     assert difference <= units * 2**-24 * largest, f"differ by {difference / largest * 2**24:.0f} units of {largest}"
-
-
-def quietly(function: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function()
