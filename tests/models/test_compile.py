@@ -33,7 +33,7 @@ def quantised(kind: str) -> Any:
     not NIGHTLY, reason="inductor compiles in the nightly profile"))])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_decoding_step_is_one_graph(kind: str, backend: str) -> None:
-    """The same tokens as without, one graph, compiled once."""
+    """The same tokens as without, one graph, compiled once. (Positions are tensors: no step compiles again.)"""
     if backend == "aot_eager" and kind in ("int4 a8", "int8 threshold") and not NIGHTLY:
         pytest.skip("the same code as its neighbours: nightly")
     model = quantised(kind)
