@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the Triton kernels of one op, or every n-th, for one architecture, and prints a JSON list of their resources.
+"""Compiles every n-th Triton kernel of one op for one architecture, and prints a JSON list of their resources.
 
 A process of its own: tests run with TRITON_INTERPRET=1, under which kernels cannot be compiled.
 """

@@ -59,8 +59,8 @@ def _check_table(entries, committed):
     assert not NIGHTLY or not recorded, f"the table has kernels that are gone: {sorted(recorded)}"
 
 
-# Everything takes minutes for each architecture. So by default a sample is compiled for one of them; that all rows of the
-# table come from the sources as they are is always checked.
+# Everything takes minutes for each architecture. So by default a sample is compiled for one of them; that all rows of
+# the table come from the sources as they are is always checked.
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 TRITON_ARCHS = resources.TRITON_ARCHS if NIGHTLY else ("sm_90",)
 CUDA_ARCHS = resources.CUDA_ARCHS if NIGHTLY else ("sm_90a",)
