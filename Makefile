@@ -31,8 +31,8 @@ docs: build  ## the tables that docs and README take from code and results
 	$(RUN) scripts/support_matrix.py --write
 	$(RUN) bench/report.py --write
 
-wheel: $(VENV)/ready  ## a wheel for this platform in dist/, with CUDA kernels where nvcc is found
-	$(VENV)/bin/pip wheel . --no-deps --no-build-isolation -w dist
+wheel: $(VENV)/ready  ## a checked wheel for this platform in dist/, with CUDA kernels where nvcc is found (CUDA=OFF: without)
+	$(RUN) scripts/wheel.py $(if $(CUDA),--cuda $(CUDA))
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -152,7 +152,7 @@ def steps(machine: Machine) -> list[Step]:
 def missing_for_build(machine: Machine) -> str:
     wanted = ["cmake", "ninja", *(["nvcc"] if machine.gpu else [])]
     missing = [name for name in wanted if not machine.tool(name)]
-    missing += [] if importlib.util.find_spec("nanobind") else ["nanobind"]
+    missing += [name for name in ("nanobind", "nanobind_backend") if not importlib.util.find_spec(name)]
     return f"no {', '.join(missing)}" if missing else ""
 
 

@@ -68,12 +68,12 @@ class Dispatcher {
     size_t positional = std::max(args.size(), positional_.size());
     nb::object all = checked(PyTuple_New(Py_ssize_t(positional + defaults_.size())));
     Py_ssize_t i = 0;
-    for (nb::handle argument : args) PyTuple_SET_ITEM(all.ptr(), i++, argument.inc_ref().ptr());
+    for (nb::handle argument : args) PyTuple_SetItem(all.ptr(), i++, argument.inc_ref().ptr());
     for (size_t left = args.size(); left < positional; left++)
-      PyTuple_SET_ITEM(all.ptr(), i++, positional_[left].inc_ref().ptr());
+      PyTuple_SetItem(all.ptr(), i++, positional_[left].inc_ref().ptr());
     for (auto& [name, value] : defaults_) {
       PyObject* given = PyDict_GetItem(kwargs.ptr(), name.ptr());
-      PyTuple_SET_ITEM(all.ptr(), i++, nb::handle(given ? given : value.ptr()).inc_ref().ptr());
+      PyTuple_SetItem(all.ptr(), i++, nb::handle(given ? given : value.ptr()).inc_ref().ptr());
     }
     return all;
   }
@@ -85,12 +85,12 @@ class Dispatcher {
       (key.append(reinterpret_cast<const char*>(&values), sizeof values), ...);
     };
     key.reserve(1024);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments.ptr()); i++) {
-      PyObject* object = PyTuple_GET_ITEM(arguments.ptr(), i);
+    for (Py_ssize_t i = 0; i < PyTuple_Size(arguments.ptr()); i++) {
+      PyObject* object = PyTuple_GetItem(arguments.ptr(), i);
       if (object == Py_None) {
         append('n');
       } else if (PyFloat_Check(object)) {
-        append('f', PyFloat_AS_DOUBLE(object));
+        append('f', PyFloat_AsDouble(object));
       } else if (PyLong_Check(object)) {
         append('i', PyLong_AsLongLong(object));
       } else if (PyUnicode_Check(object)) {
@@ -120,22 +120,22 @@ class Dispatcher {
     if (!plan.validate.is_none()) checked(PyObject_Call(plan.validate.ptr(), arguments.ptr(), nullptr));
     if (!plan.allocates) return checked(PyObject_Call(plan.kernel.ptr(), arguments.ptr(), nullptr));
 
-    size_t outputs = plan.layouts.size(), inputs = size_t(PyTuple_GET_SIZE(arguments.ptr()));
+    size_t outputs = plan.layouts.size(), inputs = size_t(PyTuple_Size(arguments.ptr()));
     nb::object results = checked(PyTuple_New(Py_ssize_t(outputs)));
     std::vector<PyObject*> all;
     all.reserve(outputs + inputs);
     for (size_t i = 0; i < outputs; i++) {
       const nb::tuple& layout = plan.layouts[i];
-      PyObject* request[] = {PyTuple_GET_ITEM(arguments.ptr(), 0), PyTuple_GET_ITEM(layout.ptr(), 0),
-                             PyTuple_GET_ITEM(layout.ptr(), 1), PyTuple_GET_ITEM(layout.ptr(), 2)};
-      nb::object output = checked(PyObject_VectorcallMethod(new_empty_strided, request, 3, dtype_keyword));
+      PyObject* request[] = {PyTuple_GetItem(arguments.ptr(), 0), PyTuple_GetItem(layout.ptr(), 0),
+                             PyTuple_GetItem(layout.ptr(), 1), PyTuple_GetItem(layout.ptr(), 2)};
+      nb::object output = checked(nb::detail::vectorcall_method(new_empty_strided, request, 3, dtype_keyword));
       all.push_back(output.ptr());
-      PyTuple_SET_ITEM(results.ptr(), Py_ssize_t(i), output.release().ptr());
+      PyTuple_SetItem(results.ptr(), Py_ssize_t(i), output.release().ptr());
     }
-    for (size_t i = 0; i < inputs; i++) all.push_back(PyTuple_GET_ITEM(arguments.ptr(), Py_ssize_t(i)));
-    checked(PyObject_Vectorcall(plan.kernel.ptr(), all.data(), all.size(), nullptr));
+    for (size_t i = 0; i < inputs; i++) all.push_back(PyTuple_GetItem(arguments.ptr(), Py_ssize_t(i)));
+    checked(nb::detail::vectorcall(plan.kernel.ptr(), all.data(), all.size(), nullptr));
     if (outputs == 0) return nb::none();
-    return outputs == 1 ? nb::borrow(PyTuple_GET_ITEM(results.ptr(), 0)) : results;
+    return outputs == 1 ? nb::borrow(PyTuple_GetItem(results.ptr(), 0)) : results;
   }
 
   std::vector<std::pair<nb::object, nb::object>> defaults_;

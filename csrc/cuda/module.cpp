@@ -13,6 +13,7 @@ void bind_sea(nb::module_& module);
 
 NB_MODULE(_cuda, module) {
   module.attr("architectures") = TORCH_KERNELS_ARCHITECTURES;
+  module.attr("cuda_version") = TORCH_KERNELS_CUDA_VERSION;
   torch_kernels::bind_tree_attention(module);
   torch_kernels::bind_graph_attention(module);
   torch_kernels::bind_int4_linear(module);

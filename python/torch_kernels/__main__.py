@@ -21,7 +21,9 @@ def info() -> int:
     supported = ", ".join(_native.cpu.instruction_sets())
     print(f"CPU kernels: {_native.cpu.instruction_set()} (built and supported here: {supported})")
     cuda = _native.cuda()
-    print(f"CUDA kernels: {cuda.architectures if cuda else _native.cuda_missing()}")
+    missing = _native.cuda_missing()
+    built = f"{cuda.architectures} (CUDA {cuda.cuda_version})" if cuda else ""
+    print(f"CUDA kernels: {'; '.join(filter(None, (built, missing)))}")
     print()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:

@@ -122,7 +122,7 @@ def _unavailable(backend: str, device: torch.device) -> str | None:
     if backend == "cpu":
         return None if device.type == "cpu" else "it serves CPU tensors only"
     if backend == "cuda":
-        return "it serves CUDA tensors only" if device.type != "cuda" else _native.cuda_missing()
+        return "it serves CUDA tensors only" if device.type != "cuda" else _native.cuda_missing(device.index)
     if backend == "triton":
         if device.type == "cpu" and not interpreting_triton():
             return "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
