@@ -86,7 +86,7 @@ def problems(wheel: Path) -> list[str]:
     wanted = ["torch_kernels/_cpu.pyi", "torch_kernels/py.typed", *stubs]
     information = ["sboms/sbom.cdx.json", "licenses/LICENSE", "licenses/licenses/nanobind.txt"]
     wanted += [f"{'-'.join(wheel.stem.split('-')[:2])}.dist-info/{name}" for name in information]
-    return found + [f"{name} is missing" for name in wanted if name not in names]
+    return found + [f"{name} is missing" for name in dict.fromkeys(wanted) if name not in names]
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ documentation and, where the op has them, gradients.
 import importlib
 from typing import Any
 
-from torch_kernels import _native, nn, trees  # _native first: it refuses a torch that is too old
+from torch_kernels import _native, nn, trees  # noqa: F401  (_native first: it refuses a torch that is too old)
 from torch_kernels._registry import SlowPathWarning, set_validation, use_backend
 from torch_kernels.calibrate import Calibration, calibrate
 from torch_kernels.graph_attention import SegmentGraph, graph_attention, rope_shift
