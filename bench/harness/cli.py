@@ -83,6 +83,8 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
             progress.start(case.name)
             try:
                 result = _run_case(case, settings, progress)
+            except KeyboardInterrupt:  # what was measured is kept
+                break
             except Exception as failure:  # one case that does not fit or is not served must not lose the others
                 result = {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
             ceilings.measure()
