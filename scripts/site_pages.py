@@ -39,6 +39,7 @@ FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(rf"{FENCE.pattern}|(`+)[^`]+\2", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!\w+:|#)(?P<path>[^)\s#]+)(?P<fragment>#[^)\s]*)?\)")
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
+FUNCTION = r"\\(?:cos|exp|ln|log|sin|tanh)\b(?:_\w)?"  # set apart from letters around it, as TeX does
 DISPLAY = re.compile(r"^(?P<indent> *)\.\. math::(?P<tex>.*\n?(?:(?P=indent) +\S.*\n?)*)", re.MULTILINE)
 
 
@@ -103,10 +104,13 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html_text: str, **_: Any) -> str:
-    return FORMULA.sub(
-        lambda match: convert(html.unescape(match["tex"]), display="block" if match["tag"] == "div" else "inline"),
-        html_text,
-    )
+    def formula(match: re.Match[str]) -> str:
+        tex = re.sub(rf"(?<=[\w}}])\s*(?={FUNCTION})", r"\\,", html.unescape(match["tex"]))
+        tex = re.sub(rf"({FUNCTION})\s+(?=[\w\\])", r"\1\\,", tex)
+        mathml = convert(tex, display="block" if match["tag"] == "div" else "inline")
+        return re.sub(r"<mo>(min|max|&#x0221E;)</mo>", r"<mi>\1</mi>", mathml)  # no operators: they take no space
+
+    return FORMULA.sub(formula, html_text)
 
 
 class PlainMarkdown(griffe.Extension):
