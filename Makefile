@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-BUILD := -Ccmake.define.TORCH_KERNELS_EMULATOR=ON -Ccmake.define.TORCH_KERNELS_CUDA=OFF
+ISAS ?= native
+BUILD := -Ccmake.define.TORCH_KERNELS_EMULATOR=ON -Ccmake.define.TORCH_KERNELS_CUDA=OFF -Ccmake.define.TORCH_KERNELS_CPU_ISAS="$(ISAS)"
 
 .PHONY: demo test bench gpu docs wheel build lint clean
 

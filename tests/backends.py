@@ -104,14 +104,14 @@ CI_EXAMPLES = 20  # of a property by default
 
 
 def for_all(*, examples: int | None = None, **strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Any]:
-    """``hypothesis.given`` for tests whose first argument is ``backend``; slow backends get a fifth of the examples.
+    """``hypothesis.given`` for tests whose first argument is ``backend``; slow backends get a tenth of the examples.
 
     `examples` are those of the profile "ci"; others have more or fewer in proportion.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[[Backend], None]:
         count = settings.default.max_examples * (examples or CI_EXAMPLES) // CI_EXAMPLES
-        full, few = (settings(max_examples=n)(given(**strategies)(test)) for n in (count, max(3, count // 5)))
+        full, few = (settings(max_examples=n)(given(**strategies)(test)) for n in (count, max(2, count // 10)))
 
         def run(backend: Backend) -> None:
             (few if backend.slow else full)(backend=backend)

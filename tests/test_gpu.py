@@ -93,10 +93,11 @@ def test_every_op_has_samples() -> None:
 @pytest.mark.parametrize(("op", "i"), EVERY)
 def test_rerun(backend: Backend, op: str, i: int) -> None:
     call = Call(op, i, backend)
-    for start in (call.values(), call.changed()):
+    interpreted = backend.name == "triton" and backend.slow  # one program after the other, in one order
+    for start in (call.values(), call.changed())[interpreted:]:
         call.set(start)
         expected = {name: x.clone() for name, x in call(backend).items()}
-        for seed in range(3):
+        for seed in range(1 if interpreted else 3):
             if backend.name == "emulator":
                 _native.emulator().set_seed(seed)  # another order of threads and of asynchronous copies
             fill_free_memory(backend.device)

@@ -73,8 +73,8 @@ class Features {
     Real less = Real(square / 2) + shift, factor = Real(1 / std::sqrt(double(features)));
     for (int64_t f = 0; f < padded(features); f += kLanes<Real>) {
       Vector<Real> exponent = (load(values + f) - less) * Real(1.4426950408889634);
-      Vector<Real> power = exp2_vector(exponent);
-      power = exponent >= highest ? broadcast(infinity) : power;
+      auto overflows = exponent >= highest;
+      Vector<Real> power = overflows ? broadcast(infinity) : exp2_vector(overflows ? Vector<Real>{} : exponent);
       store(values + f, factor * (power + Real(p.eps)));
     }
   }

@@ -5,6 +5,7 @@ Every op exists twice under one name: as ``torch.ops.kernels.<op>`` and as ``tor
 documentation and, where the op has them, gradients.
 """
 
+import importlib
 from typing import Any
 
 from torch_kernels import nn, trees
@@ -111,14 +112,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Imports `distributed` when it is first asked for: DTensor comes with it, which takes as long as the rest."""
-    if name == "distributed":
-        import importlib
+_LATER = ("distributed", "transformers")  # imported when first asked for: torch's DTensor, transformers come with them
 
-        return importlib.import_module("torch_kernels.distributed")
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"torch_kernels.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "distributed"})
+    return sorted({*globals(), *_LATER})

@@ -110,20 +110,21 @@ def triton_sources() -> dict[str, str]:
     }
 
 
-def _compile_triton(op: str, source_hash: str, arch: str) -> list[dict]:
+def _compile_triton(op: str, source_hash: str, arch: str, every: int) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as triton_cache:
         environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": triton_cache}
-        command = [sys.executable, "-m", "tests.aot.compile_triton", op, arch]
+        command = [sys.executable, "-m", "tests.aot.compile_triton", op, arch, every]
         entries = json.loads(_run(command, env=environment, cwd=ROOT))
     return [{"source": source_hash} | entry for entry in entries]
 
 
-def triton_jobs(archs=TRITON_ARCHS):
-    """(description, function giving entries) of every op with Triton kernels and every architecture."""
+def triton_jobs(archs=TRITON_ARCHS, every: int = 1):
+    """(description, function giving entries) of every op with Triton kernels and every architecture; of each op's
+    kernels every n-th."""
     for op, source_hash in triton_sources().items():
         for arch in archs:
-            yield f"{op} {arch}", functools.partial(_compile_triton, op, source_hash, arch)
+            yield f"{op} {arch}", functools.partial(_compile_triton, op, source_hash, arch, every)
 
 
 def nvcc_version() -> str | None:
@@ -183,11 +184,11 @@ def _cuda_entries(label: str, source_hash: str, arch: str, version: str) -> list
     return [{"kernel": f"{label}: {_demangle(name)}"} | common | entry for name, entry in kernels.items()]
 
 
-def cuda_jobs(archs=CUDA_ARCHS):
-    """The same for every CUDA source; none where nvcc is missing."""
+def cuda_jobs(archs=CUDA_ARCHS, labels=None):
+    """The same for every CUDA source, or those labelled so; none where nvcc is missing."""
     version = nvcc_version()
     for label, source_hash in cuda_sources().items() if version else []:
-        for arch in archs:
+        for arch in archs if labels is None or label in labels else ():
             yield f"{label} {arch}", functools.partial(_cuda_entries, label, source_hash, arch, version)
 
 

@@ -247,6 +247,8 @@ def test_every_linear_is_replaced_in_place(capsys: pytest.CaptureFixture[str]) -
     assert out == (
         f"quantize_: 6 linear layers to 4 bits; the model went from {before / 1000:.3g} KB to "
         f"{sum(kept.values()) / 1000:.3g} KB, {1 - sum(kept.values()) / before:.0%} saved\n"
+        "quantize_: left as they are: attention.in_proj_weight (49.2 KB), attention.out_proj.weight (16.4 KB), "
+        "embedding.weight (5.12 KB)\n"
     )
 
 
@@ -262,6 +264,13 @@ def test_filter() -> None:
     assert type(model.head) is nn.Linear and type(model.layers[0]) is nn.Linear
     assert isinstance(model.twin, Int4Linear) and isinstance(model.back, Int4Linear)
     assert sorted(seen) == ["back", "block.0", "block.2", "head", "layers.0", "twin"]
+
+
+def test_skip() -> None:
+    for skip, left in (("head", {"head"}), (["layers.*", "b*"], {"layers.0", "back", "block.0", "block.2"})):
+        model = quantize_(Model(), group_size=16, skip=skip, filter=lambda name, layer: name != "twin")
+        linear = {name for name, layer in model.named_modules() if type(layer) is nn.Linear}
+        assert linear == left | {"twin"}
 
 
 def test_a_linear_layer_alone() -> None:

@@ -13,15 +13,12 @@ from torch import Tensor
 
 from torch_kernels import _checks
 from torch_kernels.graph_attention import SegmentGraph, graph_attention, rope_shift
-
-try:
-    from transformers import AttentionInterface, AttentionMaskInterface
-except ImportError as error:
-    raise ImportError("torch_kernels.nn.GraphKVCache runs models of transformers: pip install transformers") from error
+from torch_kernels.nn import _attention_interface
 
 NAME = "torch_kernels_graph"
 CHANGING_FREQUENCIES = ("dynamic", "longrope")  # kinds of rotary embedding whose frequencies depend on the length
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
+
+_attention_interface.register(NAME, "graph_kv", "GraphKVCache")
 
 
 @dataclass
@@ -60,13 +57,14 @@ class _Pass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Stores a layer's new keys, which come unrotated as queries do, and attends to all that there are."""
+        q, k, v = q[0], k[0], v[0]
         keys, values = self.cache._room(layer, k, v)
         keys.index_copy_(0, self.rows, rope_shift(k, self.one_each, self.places, self.inv_freq))
         values.index_copy_(0, self.rows, v)
         return graph_attention(
             q, keys, values, *self.graph, scale=scale, inv_freq=self.inv_freq, q_start=self.q_start,
             edge_start=self.edge_start,
-        )[0]  # fmt: skip
+        )[0][None]  # fmt: skip
 
 
 def _sources(graph: SegmentGraph) -> dict[int, list[int]]:
@@ -74,35 +72,6 @@ def _sources(graph: SegmentGraph) -> dict[int, list[int]]:
     for source, target in graph.edges:
         sources.setdefault(target, []).append(source)
     return sources
-
-
-def _attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    graph_kv: _Pass | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention of transformers' layers: that of a cache's pass, and ``"sdpa"`` in every other call."""
-    if graph_kv is None:
-        options["scaling"] = scaling
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, **options)
-    if dropout:
-        _checks.fail("GraphKVCache", "model", "in evaluation mode, without dropout", f"dropout {dropout}")
-    for name in UNSUPPORTED:
-        if options.get(name) is not None:
-            _checks.fail("GraphKVCache", "model", f"one whose attention has no {name}", options[name])
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return graph_kv.attend(module.layer_idx, q, k, v, scale)[None], None
-
-
-AttentionInterface.register(NAME, _attention_forward)
-AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
 class GraphKVCache:

@@ -149,11 +149,11 @@ class LightningAttention(nn.Module):
 
     def init_state(self, batch: int) -> LightningState:
         """The state of ``batch`` sequences (with cu_seqlens: as many as are packed) before their first token."""
-        weight = self.qkv_proj.weight
+        device = self.slopes.device
         keys = self.head_dim if self.theta is None else 2 * self.head_dim
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        kv = torch.zeros(batch, self.num_heads, keys, self.head_dim, dtype=dtype, device=weight.device)
-        return LightningState(kv, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+        dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
+        kv = torch.zeros(batch, self.num_heads, keys, self.head_dim, dtype=dtype, device=device)
+        return LightningState(kv, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def forward(self, x: Tensor, state: LightningState | None = None, *, cu_seqlens: Tensor | None = None) -> Any:
         """Whole sequences, or the next part of sequences whose state is given.
@@ -193,6 +193,11 @@ class LightningAttention(nn.Module):
             f"lrpe={self.theta is not None}, scale={self.scale}"
         )
 
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """Of the parameters, unless the projections were quantised."""
+        return self.out_proj.weight.dtype if isinstance(self.out_proj, nn.Linear) else None
+
     def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x ``[B, T, E]`` at positions ``[B or 1, T]``, which lrpe needs."""
         qkv = self.qkv_proj(x).unflatten(-1, (self.num_heads, 3 * self.head_dim))
@@ -212,7 +217,7 @@ class LightningAttention(nn.Module):
     def _finish(self, x: Tensor, out: Tensor) -> Tensor:
         out = out.flatten(-2)
         if self.norm is not None:
-            out = self.norm(out.to(self.out_proj.weight.dtype))  # under autocast in full
+            out = self.norm(out.to(self._dtype or x.dtype))  # under autocast in full
         if self.gate is not None and self.output_gate is not None:
             out = self.gate(self.output_gate(x)) * out
         return self.out_proj(out)
