@@ -39,6 +39,7 @@ FENCE = re.compile(r"^(```+)[^\n]*\n.*?^\1$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(rf"{FENCE.pattern}|(`+)[^`]+\2", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!\w+:|#)(?P<path>[^)\s#]+)(?P<fragment>#[^)\s]*)?\)")
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
+SESSION = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?P=indent).*\S.*)*", re.MULTILINE)
 FUNCTION = r"\\(?:cos|exp|ln|log|sin|tanh)\b(?:_\w)?"  # set apart from letters around it, as TeX does
 DISPLAY = re.compile(r"^(?P<indent> *)\.\. math::(?P<tex>.*\n?(?:(?P=indent) +\S.*\n?)*)", re.MULTILINE)
 
@@ -132,6 +133,7 @@ class PlainMarkdown(griffe.Extension):
         for obj in objects:
             if obj.docstring is not None:
                 text = DISPLAY.sub(_display, obj.docstring.value)
+                text = SESSION.sub(_session, text)
                 text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
                 obj.docstring.value = re.sub(r":(?:func|class|meth):`([\w.]+)`", reference, text)
 
@@ -148,3 +150,8 @@ def _display(match: re.Match[str]) -> str:
     if r"\\" in tex:
         tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     return f"\n{match['indent']}$${tex}$$\n"
+
+
+def _session(match: re.Match[str]) -> str:
+    lines = re.sub(r" *# doctest: .*", "", match[0])
+    return f"{match['indent']}```pycon\n{lines}\n{match['indent']}```"

@@ -33,7 +33,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_public_names_are_documented(site: Path) -> None:
     header, compressed = re.match(rb"((?:#[^\n]*\n){4})(.*)", (site / "objects.inv").read_bytes(), re.DOTALL).groups()
     documented = {line.split()[0] for line in zlib.decompress(compressed).decode().splitlines()}
-    names = {*torch_kernels.__all__, *torch_kernels.nn.__all__, *torch_kernels.distributed.__all__, "GraphKVCache"}
+    names = {*torch_kernels.__all__, *torch_kernels.nn.__all__, *torch_kernels.distributed.__all__}
+    names |= {"GraphKVCache", "TreeKVCache", "TorchKernelsConfig"}
     names -= {"nn", "trees"}
     assert names - {path.rpartition(".")[2] for path in documented} == set()
 
