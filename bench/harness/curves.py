@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 38
+MOST_TICKS = 9
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def panel(title: str, x_label: str, y_label: str, lines: Sequence[Line], base: i
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {y_label} over {x_label}")}">'
     ]
-    for tick in ticks:
+    for tick in ticks[:: -(-len(ticks) // MOST_TICKS)]:
         _, y = place(xs[0], tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{y + 3.5:.1f}">{spell(tick)}</text>')
@@ -65,7 +66,7 @@ def _powers(base: int, values: Sequence[float]) -> list[float]:
 
 
 def _short(number: float) -> str:
-    for suffix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for suffix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.3g}{suffix}"
     return f"{number:.3g}"
