@@ -279,8 +279,8 @@ def draw_losses(
     colors = dict(zip(histories, ("#8a8a8a", "#1f6f5c", "#d9822b"), strict=True))
     for name, history in histories.items():
         left.plot(*zip(*history), "o-", ms=3, color=colors[name], label=name)
-    best = min(value for history in histories.values() for _, value in history)
-    left.set(xlabel="step of distillation", ylabel="held-out bits per byte", ylim=(best - 0.1, teacher + 1.0))
+    ends = [history[-1][1] for history in histories.values()]
+    left.set(xlabel="step of distillation", ylabel="held-out bits per byte", ylim=(min(ends) - 0.1, max(ends) + 0.5))
     right.plot(by_k.keys(), by_k.values(), "o-", ms=4, color=colors["SEA"], label=f"SEA, trained with k = {k}")
     for name, history in histories.items():
         if name != "SEA":
