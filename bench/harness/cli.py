@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 import warnings
@@ -63,7 +64,7 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
 
 
 def failed(run: dict[str, Any]) -> bool:
-    return any("failed" in result for result in run["cases"].values())
+    return run["interrupted"] or any("failed" in result for result in run["cases"].values())
 
 
 def measure(op: str, cases: Iterable[Case], options: argparse.Namespace, command: str) -> dict[str, Any] | None:
@@ -107,13 +108,11 @@ def measure(op: str, cases: Iterable[Case], options: argparse.Namespace, command
     print(table.heading(run), table.header(cases, peers), sep="\n", flush=True)
 
     results: dict[str, dict] = {}
-    with Progress(len(cases)) as progress:
+    with contextlib.suppress(KeyboardInterrupt), Progress(len(cases)) as progress:  # what was measured is kept
         for case in cases:
             progress.start(case.name)
             try:
                 result = _run_case(case, settings, progress)
-            except KeyboardInterrupt:  # what was measured is kept
-                break
             except Exception as failure:  # one case that does not fit or is not served must not lose the others
                 result = {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
             ceilings.measure()
@@ -124,7 +123,7 @@ def measure(op: str, cases: Iterable[Case], options: argparse.Namespace, command
             gc.collect()
             if kind == "cuda":
                 torch.cuda.empty_cache()
-    run |= {"ceilings": ceilings.summary(), "cases": results}
+    run |= {"ceilings": ceilings.summary(), "cases": results, "interrupted": len(results) < len(cases)}
     print(table.footer(run), flush=True)
     return run
 

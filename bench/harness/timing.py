@@ -78,7 +78,7 @@ def cuda_sampler(calls: Sequence[Call]) -> tuple[Sampler, str]:
     return sample, mode
 
 
-PATIENCE = 8
+FEWEST, PATIENCE = 5, 8  # rounds, where more would take so many times the seconds meant for a case
 
 
 def interleave(
@@ -90,7 +90,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Rounds until `seconds` are spent, at least `least` and at most `most`. `tick` hears the part that is done.
 
-    Five rounds are enough where more would take `PATIENCE` times the seconds.
+    FEWEST rounds are enough where they take PATIENCE times the seconds.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     order = list(samplers)
@@ -100,7 +100,7 @@ def interleave(
             samples[name].append(samplers[name]())
         spent = time.perf_counter() - start
         tick(min(1.0, max((turn + 1) / most, min(spent / seconds, (turn + 1) / least))))
-        enough = least if spent < PATIENCE * seconds else min(least, 5)
+        enough = least if spent < PATIENCE * seconds else min(least, FEWEST)
         if turn + 1 >= enough and spent >= seconds:
             break
     return samples
