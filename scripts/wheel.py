@@ -39,7 +39,8 @@ def run(*command: str | Path) -> str:
 def build(folder: Path, cuda: str | None, architectures: str | None) -> Path:
     settings = {"TORCH_KERNELS_CUDA": cuda, "TORCH_KERNELS_CUDA_ARCHITECTURES": architectures}
     defined = [f"-Ccmake.define.{name}={value}" for name, value in settings.items() if value]
-    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", *defined, "-w", folder)
+    fresh = "-Ccmake.args=--fresh"  # settings of an earlier build are not remembered; what it compiled is
+    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", fresh, *defined, "-w", folder)
     (wheel,) = folder.glob("torch_kernels-*.whl")
     return wheel
 
