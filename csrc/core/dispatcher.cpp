@@ -21,9 +21,16 @@ nb::object checked(PyObject* result) {
 struct Plan {
   nb::object kernel;    // called with the outputs, then all arguments; without layouts its result is the op's
   nb::object validate;  // called with all arguments before anything is written, or None
-  std::vector<nb::tuple> layouts;  // size, stride and dtype of each output
+  std::vector<std::tuple<nb::object, nb::object, nb::object>> layouts;  // size, stride and dtype of each output
   bool allocates;
 };
+
+// Borrowed from the call and from the defaults. Not a tuple, whose every access is a function call in the stable ABI.
+using Arguments = std::vector<PyObject*>;
+
+nb::object called(const nb::object& function, const Arguments& arguments) {
+  return checked(nb::detail::vectorcall(function.ptr(), arguments.data(), arguments.size(), nullptr));
+}
 
 class Dispatcher {
  public:
@@ -36,7 +43,7 @@ class Dispatcher {
   }
 
   nb::object call(nb::args args, nb::kwargs kwargs) {
-    nb::object arguments = in_schema_order(args, kwargs);
+    Arguments arguments = in_schema_order(args, kwargs);
     std::string key;
     if (!describe(arguments, key))
       return run(*make(arguments), arguments);  // wants a gradient: allowed or not, never remembered
@@ -64,36 +71,33 @@ class Dispatcher {
 
  private:
   // torch leaves out arguments that equal their default: any by keyword, the last positional ones.
-  nb::object in_schema_order(const nb::args& args, const nb::kwargs& kwargs) const {
-    size_t positional = std::max(args.size(), positional_.size());
-    nb::object all = checked(PyTuple_New(Py_ssize_t(positional + defaults_.size())));
-    Py_ssize_t i = 0;
-    for (nb::handle argument : args) PyTuple_SetItem(all.ptr(), i++, argument.inc_ref().ptr());
-    for (size_t left = args.size(); left < positional; left++)
-      PyTuple_SetItem(all.ptr(), i++, positional_[left].inc_ref().ptr());
+  Arguments in_schema_order(const nb::args& args, const nb::kwargs& kwargs) const {
+    Arguments all;
+    all.reserve(std::max(args.size(), positional_.size()) + defaults_.size());
+    for (nb::handle argument : args) all.push_back(argument.ptr());
+    while (all.size() < positional_.size()) all.push_back(positional_[all.size()].ptr());
     for (auto& [name, value] : defaults_) {
       PyObject* given = PyDict_GetItem(kwargs.ptr(), name.ptr());
-      PyTuple_SetItem(all.ptr(), i++, nb::handle(given ? given : value.ptr()).inc_ref().ptr());
+      all.push_back(given ? given : value.ptr());
     }
     return all;
   }
 
-  // The call's signature. False if a tensor requires grad.
-  static bool describe(nb::handle arguments, std::string& key) {
+  // The call's signature. False if a tensor requires grad. Numbers and text come from torch, never of a derived type.
+  static bool describe(const Arguments& arguments, std::string& key) {
     static PyObject* requires_grad = interned("requires_grad");
     auto append = [&](const auto&... values) {
       (key.append(reinterpret_cast<const char*>(&values), sizeof values), ...);
     };
     key.reserve(1024);
-    for (Py_ssize_t i = 0; i < PyTuple_Size(arguments.ptr()); i++) {
-      PyObject* object = PyTuple_GetItem(arguments.ptr(), i);
+    for (PyObject* object : arguments) {
       if (object == Py_None) {
         append('n');
-      } else if (PyFloat_Check(object)) {
+      } else if (PyFloat_CheckExact(object)) {
         append('f', PyFloat_AsDouble(object));
-      } else if (PyLong_Check(object)) {
+      } else if (PyLong_CheckExact(object) || PyBool_Check(object)) {
         append('i', PyLong_AsLongLong(object));
-      } else if (PyUnicode_Check(object)) {
+      } else if (PyUnicode_CheckExact(object)) {
         key.append(nb::borrow<nb::str>(object).c_str()).push_back('\0');
       } else {
         if (checked(PyObject_GetAttr(object, requires_grad)).ptr() == Py_True) return false;
@@ -106,36 +110,38 @@ class Dispatcher {
     return true;
   }
 
-  std::shared_ptr<const Plan> make(const nb::object& arguments) const {
-    auto [kernel, validate, layouts] = nb::cast<std::tuple<nb::object, nb::object, nb::object>>(prepare_(arguments));
+  std::shared_ptr<const Plan> make(const Arguments& arguments) const {
+    nb::object tuple = checked(PyTuple_New(Py_ssize_t(arguments.size())));
+    for (size_t i = 0; i < arguments.size(); i++)
+      PyTuple_SetItem(tuple.ptr(), Py_ssize_t(i), nb::handle(arguments[i]).inc_ref().ptr());
+    auto [kernel, validate, layouts] = nb::cast<std::tuple<nb::object, nb::object, nb::object>>(prepare_(tuple));
     Plan plan{kernel, validate, {}, !layouts.is_none()};
     for (size_t i = 0; plan.allocates && i < nb::len(layouts); i++)
-      plan.layouts.push_back(nb::cast<nb::tuple>(layouts[i]));
+      plan.layouts.push_back(nb::cast<std::tuple<nb::object, nb::object, nb::object>>(layouts[i]));
     return std::make_shared<const Plan>(std::move(plan));
   }
 
-  static nb::object run(const Plan& plan, const nb::object& arguments) {
+  static nb::object run(const Plan& plan, const Arguments& arguments) {
     static PyObject *new_empty_strided = interned("new_empty_strided"),
                     *dtype_keyword = PyTuple_Pack(1, interned("dtype"));
-    if (!plan.validate.is_none()) checked(PyObject_Call(plan.validate.ptr(), arguments.ptr(), nullptr));
-    if (!plan.allocates) return checked(PyObject_Call(plan.kernel.ptr(), arguments.ptr(), nullptr));
+    if (!plan.validate.is_none()) called(plan.validate, arguments);
+    if (!plan.allocates) return called(plan.kernel, arguments);
 
-    size_t outputs = plan.layouts.size(), inputs = size_t(PyTuple_Size(arguments.ptr()));
+    size_t outputs = plan.layouts.size();
     nb::object results = checked(PyTuple_New(Py_ssize_t(outputs)));
-    std::vector<PyObject*> all;
-    all.reserve(outputs + inputs);
+    Arguments all;
+    all.reserve(outputs + arguments.size());
     for (size_t i = 0; i < outputs; i++) {
-      const nb::tuple& layout = plan.layouts[i];
-      PyObject* request[] = {PyTuple_GetItem(arguments.ptr(), 0), PyTuple_GetItem(layout.ptr(), 0),
-                             PyTuple_GetItem(layout.ptr(), 1), PyTuple_GetItem(layout.ptr(), 2)};
+      const auto& [size, stride, dtype] = plan.layouts[i];
+      PyObject* request[] = {arguments[0], size.ptr(), stride.ptr(), dtype.ptr()};
       nb::object output = checked(nb::detail::vectorcall_method(new_empty_strided, request, 3, dtype_keyword));
       all.push_back(output.ptr());
       PyTuple_SetItem(results.ptr(), Py_ssize_t(i), output.release().ptr());
     }
-    for (size_t i = 0; i < inputs; i++) all.push_back(PyTuple_GetItem(arguments.ptr(), Py_ssize_t(i)));
-    checked(nb::detail::vectorcall(plan.kernel.ptr(), all.data(), all.size(), nullptr));
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    called(plan.kernel, all);
     if (outputs == 0) return nb::none();
-    return outputs == 1 ? nb::borrow(PyTuple_GetItem(results.ptr(), 0)) : results;
+    return outputs == 1 ? nb::borrow(all[0]) : results;
   }
 
   std::vector<std::pair<nb::object, nb::object>> defaults_;
