@@ -152,7 +152,7 @@ def steps(machine: Machine) -> list[Step]:
 def missing_for_build(machine: Machine) -> str:
     wanted = ["cmake", "ninja", *(["nvcc"] if machine.gpu else [])]
     missing = [name for name in wanted if not machine.tool(name)]
-    missing += [name for name in ("nanobind", "nanobind_backend") if not importlib.util.find_spec(name)]
+    missing += [] if importlib.util.find_spec("nanobind") else ["nanobind"]
     return f"no {', '.join(missing)}" if missing else ""
 
 
@@ -164,6 +164,8 @@ def build_commands(machine: Machine) -> list[list[str]]:
         "CMAKE_MAKE_PROGRAM": machine.tool("ninja"),
         "Python_EXECUTABLE": sys.executable,
         "nanobind_DIR": nanobind,
+        # A machine without a network may lack the package that wheels share.
+        "TORCH_KERNELS_LINK_NANOBIND": "OFF" if importlib.util.find_spec("nanobind_backend") else "ON",
         "TORCH_KERNELS_CUDA": "ON" if machine.gpu else "OFF",
         "TORCH_KERNELS_EMULATOR": "OFF" if machine.gpu else "ON",
     }
