@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs a call, what is remembered between calls; instruction sets, threads and forks."""
+"""Which backend runs a call, what is remembered between calls; instruction sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -370,7 +369,7 @@ def test_selftest_covers_every_op_and_notices_errors(
     assert "FAIL cpu" in capsys.readouterr().out
 
 
-# ---- instruction sets, threads, processes ----
+# ---- instruction sets ----
 
 
 @pytest.fixture(params=_native.cpu.instruction_sets())
@@ -381,26 +380,6 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
     finally:
         _native.cpu.select_instruction_set(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    try:
-        yield torch.set_num_threads
-    finally:
-        torch.set_num_threads(before)
-
-
-def results_of_all() -> list[tuple[Tensor, ...]]:
-    with torch_kernels.use_backend("cpu"):
-        return [case.run(CPU)[0] for case in CASES]
-
-
-def assert_all_bitwise(actual: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> None:
-    for name, ours, theirs in zip(CASE_IDS, actual, expected, strict=True):
-        for x, y in zip(ours, theirs, strict=True):
-            assert_bitwise(name, x, y)
 
 
 def test_unknown_instruction_set() -> None:
@@ -426,49 +405,3 @@ def test_instruction_sets_in_every_dtype(
         case = Case(prefixes=(70, 0, 16), nodes=nodes, group=group, head_size=head_size, value_size=24, page=16,
                     dtype=dtype, cache_dtype=cache_dtype, tree="padded", seed=head_size)  # fmt: skip
         check(backend, case)
-
-
-def test_number_of_threads_changes_no_bit(threads: Callable[[int], None]) -> None:
-    threads(1)
-    expected = results_of_all()
-    for count in (2, 3):
-        threads(count)
-        assert_all_bitwise(results_of_all(), expected)
-
-
-@pytest.mark.parametrize("inner", [1, 2])
-def test_calls_from_several_python_threads(threads: Callable[[int], None], inner: int) -> None:
-    threads(1)
-    expected = results_of_all()
-    threads(inner)
-    for declared in _registry.OPS.values():
-        declared.dispatcher.clear()  # the first calls race to check and to remember
-    with torch_kernels.use_backend("cpu"), ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(lambda: [case.run(CPU)[0] for case in CASES]) for _ in range(8)]
-        for future in futures:
-            assert_all_bitwise(future.result(), expected)
-
-
-FORK = """
-import os, signal, sys, torch, torch_kernels
-from torch_kernels import _selftest
-parent_threads, child_threads = map(int, sys.argv[1:])
-torch.set_num_threads(parent_threads)
-case = next(case for case in _selftest.cases() if case.op == "tree_attention")
-run = lambda: case.run(torch.device("cpu"))[0]
-expected = run()
-child = os.fork()
-if child == 0:
-    signal.alarm(60)  # a deadlock ends here
-    torch.set_num_threads(child_threads)
-    os._exit(0 if all(torch.equal(x, y) for x, y in zip(run(), expected)) else 1)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not all(map(torch.equal, run(), expected)))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("parent", [1, 2])
-def test_a_forked_child_may_call(parent: int) -> None:
-    """With one thread in the child, as torch's data loaders have: OpenMP's pool does not survive a fork."""
-    result = python("-c", FORK, str(parent), "1")
-    assert result.returncode == 0, result.stderr
