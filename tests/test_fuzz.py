@@ -13,7 +13,6 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -223,9 +222,7 @@ class Memory:
 
     def _inside(self, storage: Tensor) -> Tensor:
         x = torch.empty(0, dtype=self.x.dtype, device=storage.device)
-        return bits(
-            x.set_(storage.untyped_storage(), self.x.storage_offset(), self.x.shape, self.x.stride())
-        )
+        return bits(x.set_(storage.untyped_storage(), self.x.storage_offset(), self.x.shape, self.x.stride()))
 
     def check(self, name: str, written: bool) -> None:
         now = self._bytes(self.x)
@@ -288,7 +285,11 @@ def placed(values: Values, guards: Guards, op: str, guarded: bool) -> Values:
     def place(x: Any) -> Any:
         if not isinstance(x, Tensor) or x.is_meta or x.requires_grad or not x.is_contiguous():
             return x
-        return guards.copy(x) if guarded and x.dtype.itemsize and x.dtype not in (torch.complex64, torch.float8_e5m2) else own(x)
+        return (
+            guards.copy(x)
+            if guarded and x.dtype.itemsize and x.dtype not in (torch.complex64, torch.float8_e5m2)
+            else own(x)
+        )
 
     return {name: place(x) for name, x in values.items()}
 
@@ -314,7 +315,9 @@ def run_case(backend: Backend, op: str, i: int, changes: list[Change], guarded: 
     guards.check()
 
     # torch compares arguments with the schema, and looks for a tensor whose device says whom to call.
-    if isinstance(error, RuntimeError) and re.search(rf"kernels::{op}(\(\) Expected|\.  This usually means)", str(error)):
+    if isinstance(error, RuntimeError) and re.search(
+        rf"kernels::{op}(\(\) Expected|\.  This usually means)", str(error)
+    ):
         return
     refused = refusal(declared, values)
     if error is not None:

@@ -40,7 +40,7 @@ def test_number_of_threads_changes_no_bit(threads: Callable[[int], None], op: st
     start = call.values()
     threads(1)
     expected = {name: x.clone() for name, x in call(CPU).items()}
-    for count in (2, 3, 7):
+    for count in (2, 3):
         threads(count)
         call.set(start)
         assert_same(call(CPU), expected)
@@ -53,10 +53,9 @@ def test_number_of_threads_changes_no_bit_of_a_longer_call(
     with torch_kernels.use_backend("cpu"):
         threads(1)
         expected = case.run(torch.device("cpu"))[0]
-        for count in (2, 3):
-            threads(count)
-            for x, y in zip(case.run(torch.device("cpu"))[0], expected, strict=True):
-                assert_bitwise(case.op, x, y)
+        threads(3)
+        for x, y in zip(case.run(torch.device("cpu"))[0], expected, strict=True):
+            assert_bitwise(case.op, x, y)
 
 
 @pytest.mark.parametrize("inner", [1, 2])
