@@ -27,9 +27,10 @@ bench: build  ## the benchmarks of every op, written to bench/results/<machine>/
 gpu: $(VENV)/ready  ## everything worth doing on a GPU: build, tests, sanitizers, benchmarks
 	$(RUN) scripts/gpu.py
 
-docs: build  ## the tables that docs and README take from code and results
+docs: build  ## the tables that docs and README take from code and results, and the site in build/site
 	$(RUN) scripts/support_matrix.py --write
 	$(RUN) bench/report.py --write
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 wheel: $(VENV)/ready  ## a wheel for this platform in dist/, with CUDA kernels where nvcc is found
 	$(VENV)/bin/pip wheel . --no-deps --no-build-isolation -w dist

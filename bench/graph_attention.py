@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import Call, Case, Curve, Inputs, main
+from presets import Model
 
 
 @dataclass(frozen=True)
@@ -360,6 +361,17 @@ def cases() -> list[Case]:
             )
             for count in (4, 16, 64)
         ),
+    ]
+
+
+def preset(name: str, model: Model) -> list[Case]:
+    """A layer of a model over passages, over a star, and in decoding."""
+    heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_size": model.head_size}
+    return [
+        case(f"{name}-rag-top1-10x512-bf16", bipartite(10, 512, 1, **heads)),
+        case(f"{name}-rag-top3-10x150-bf16-rope", bipartite(10, 150, 3, rope=True, **heads)),
+        case(f"{name}-star-16x250-bf16", star(16, 250, 300, **heads)),
+        case(f"{name}-decode-10x512-bf16", bipartite(10, 512, 0, decode=True, **heads)),
     ]
 
 

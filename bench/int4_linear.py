@@ -13,7 +13,8 @@ import sys
 
 import torch
 from harness import Call, Case, Curve, Inputs, main
-from layers import LAYERS, ROWS, dense, onednn, truth
+from layers import FEW_ROWS, LAYERS, ROWS, dense, onednn, truth
+from presets import Model
 
 GROUP = 128
 
@@ -206,6 +207,10 @@ def cases() -> list[Case]:
         for rows in ROWS
     ]
     return sweep + layers + float16 + one_row + falcon
+
+
+def preset(name: str, model: Model) -> list[Case]:
+    return [case(f"{name}-{layer}", rows, "exact", torch.bfloat16) for layer in model.layers for rows in FEW_ROWS]
 
 
 if __name__ == "__main__":

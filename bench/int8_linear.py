@@ -13,7 +13,8 @@ import sys
 
 import torch
 from harness import Call, Case, Curve, Inputs, main
-from layers import LAYERS, ROWS, dense, truth
+from layers import FEW_ROWS, LAYERS, ROWS, dense, truth
+from presets import Model
 
 THRESHOLD = 6.0
 
@@ -188,6 +189,10 @@ def cases() -> list[Case]:
         for rows, columns in shapes
     ]
     return sweep + layers + outliers + transforms
+
+
+def preset(name: str, model: Model) -> list[Case]:
+    return [case(f"{name}-{layer}", rows) for layer in model.layers for rows in FEW_ROWS]
 
 
 if __name__ == "__main__":

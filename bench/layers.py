@@ -8,20 +8,20 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from harness import Call, Inputs
+from presets import MODELS
 
 # Output and input features.
 LAYERS = {
-    "llama2-7b-qkv": (12288, 4096),
-    "llama2-7b-gate": (11008, 4096),
-    "llama2-7b-down": (4096, 11008),
-    "llama3-8b-qkv": (6144, 4096),
-    "llama3-8b-gate": (14336, 4096),
-    "llama2-70b-gate": (28672, 8192),
-    "llama2-70b-down": (8192, 28672),
+    f"{name}-{layer}": shape
+    for name, model in MODELS.items()
+    if "int4_linear" in model.ops
+    for layer, shape in model.layers.items()
+} | {
     "falcon-180b-in": (75264, 14848),  # query, key, value and the first of its MLP in one
     "falcon-180b-out": (14848, 74240),
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+FEW_ROWS = (1, 4, 16, 64, 256)  # of a model's layers
 
 Dense = Callable[[Inputs], torch.Tensor]  # the weight [N, K] that the layer stands for, in float32
 

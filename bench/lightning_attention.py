@@ -28,6 +28,7 @@ from chunk_loops import (
     torch_loop,
 )
 from harness import Call, Case, Curve, Inputs, Prepare, main
+from presets import Model
 
 TREES = json.loads((Path(__file__).parent / "data" / "trees.json").read_text())
 TREE_OF = {26: "eagle1_26", 64: "medusa_mc_sim_7b_63"}  # by number of nodes
@@ -448,6 +449,17 @@ def cases() -> list[Case]:
     cuda += [verify_case(Pool(rows, 64, nodes=nodes), "cuda") for rows in (1, 64) for nodes in (26, 64)]
     cuda += [commit_case(Pool(64, 64, nodes=26), "cuda")]
     return cpu + cuda
+
+
+def preset(name: str, model: Model) -> list[Case]:
+    """A layer of a model: over sequences, in decoding, and in the verification of a draft tree."""
+    made, heads, size = [], model.heads, model.head_size
+    for device in ("cpu", "cuda"):
+        series = f"bf16, {heads} heads of {size}"
+        made += [forward_case(Workload(tokens, heads, size), device, series) for tokens in (1024, 4096, 16384)]
+        made += [step_case(Pool(rows, heads, size), device) for rows in (1, 16)]
+        made += [verify_case(Pool(1, heads, size, nodes=26), device)]
+    return [case.of(name) for case in made]
 
 
 if __name__ == "__main__":

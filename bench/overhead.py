@@ -93,7 +93,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.repro:
-        print(record.repro("overhead", options))
+        print(record.repro("python bench/overhead.py", options))
         return 0
     torch.set_num_threads(1)  # waking a second thread costs more than these calls
     calls = contenders(options.device)
@@ -101,7 +101,9 @@ def main() -> int:
     if options.device != "cpu":
         samplers = {name: synchronised(sampler) for name, sampler in samplers.items()}
     samples = interleave(samplers, options.time, 15, 3000)
-    run = record.describe("overhead", options.device, record.repro("overhead", options), {"seconds": options.time})
+    run = record.describe(
+        "overhead", options.device, record.repro("python bench/overhead.py", options), {"seconds": options.time}
+    )
     run["cases"] = {name: {"time": spread(values)} for name, values in samples.items()}
     for op in OPS:
         if (native := samples.get(f"{op}-native")) is None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from harness import Call, Case, Curve, Inputs, Prepare, main
+from presets import Model
 from sea_peers import (
     Workload,
     attention_truth,
@@ -348,6 +349,17 @@ def cases() -> list[Case]:
         made += [eager_case(at(EAGER_TOKENS[device]), device)]
         made += [step_case(at(tokens), device) for tokens in (1024, 8192, 32768)]
     return made
+
+
+def preset(name: str, model: Model) -> list[Case]:
+    """A layer of a model, its attention, its selection, and a step of its decoding."""
+    made = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        workloads = [Workload(tokens, model.heads, model.head_size, dtype=dtype) for tokens in (1024, 2048, 4096)]
+        made += [layer_case(workload, device) for workload in workloads]
+        made += [attention_case(workload, device, curve=True) for workload in workloads]
+        made += [select_case(workloads[-1], device), step_case(workloads[-1], device)]
+    return [case.of(name) for case in made]
 
 
 if __name__ == "__main__":

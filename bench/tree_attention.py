@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import Call, Case, Inputs, main
+from presets import Model
 
 TREES = json.loads((Path(__file__).parent / "data" / "trees.json").read_text())
 CHAIN = "chain"  # one node: plain decode
@@ -441,6 +442,20 @@ def cases() -> list[Case]:
             tolerance=0.0,
         ),
     ]
+
+
+def preset(name: str, model: Model) -> list[Case]:
+    """A layer of a model behind four thousand tokens: plain decoding and trees, an int8 cache, a sliding window."""
+    layer = functools.partial(Workload, model.heads, model.kv_heads, model.head_size, sinks=model.sinks)
+    trees = {1: CHAIN, 26: EAGLE1, 64: MEDUSA}
+    made = [
+        attention_case(f"{name}-t{nodes}-p4096-bf16", layer((drafted,), (4096,))) for nodes, drafted in trees.items()
+    ]
+    made.append(attention_case(f"{name}-t64-p4096-int8", layer((MEDUSA,), (4096,), cache_dtype=torch.int8)))
+    if model.window:
+        windowed = layer((MEDUSA,), (4096,), window=model.window)
+        made.append(attention_case(f"{name}-t64-p4096-window{model.window}", windowed))
+    return made
 
 
 if __name__ == "__main__":

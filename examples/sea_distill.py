@@ -40,8 +40,8 @@ class Config:
     hidden: int = 512
     window: int = 256
     batch: int = 8
-    steps: int = 500
-    student_steps: int = 150
+    steps: int = 400
+    student_steps: int = 80
     learning_rate: float = 1e-2
     num_cells: int = 64
     k: int = 16
@@ -115,8 +115,8 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor, compare: bool) -> tuple[Tensor, Mixed]:
-        mixed = self.mixer(self.mixer_norm(x), compare)
+    def forward(self, x: Tensor, places: Tensor, compare: bool) -> tuple[Tensor, Mixed]:
+        mixed = self.mixer(self.mixer_norm(x) + places, compare)
         x = x + mixed.y
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up), mixed
@@ -139,10 +139,10 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, compare: bool = False) -> tuple[Tensor, list[Mixed]]:
         """tokens [B, T] -> logits of the next bytes [B, T, 256], and what each layer's mixer gave."""
-        x = self.embed(tokens) + self.places[: tokens.shape[1]]
+        x, places = self.embed(tokens), self.places[: tokens.shape[1]]
         mixed = []
         for block in self.blocks:
-            x, of_layer = block(x, compare)
+            x, of_layer = block(x, places, compare)
             mixed.append(of_layer)
         return self.unembed(self.norm(x)).float(), mixed
 
@@ -191,26 +191,37 @@ def bits_per_byte(model: Model, crops: Tensor) -> float:
     return sum(losses) / len(crops) / math.log(2)
 
 
+def optimizers_of(model: Model, learning_rate: float, for_estimators: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest; SEA's estimators begin from nothing, so they may learn
+    faster than what the teacher knew."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        estimates = ".layer." in name and not name.endswith(("qkv_proj.weight", "out_proj.weight"))
+        matrix = name.startswith("blocks") and parameter.dim() == 2 and min(parameter.shape) > 8
+        groups.setdefault((matrix, estimates), []).append(parameter)
+    made: list[torch.optim.Optimizer] = []
+    for (matrix, estimates), parameters in groups.items():
+        rate = for_estimators if estimates else learning_rate
+        if matrix:
+            made.append(Muon(parameters, rate, torch.float32))
+        else:
+            made.append(torch.optim.AdamW(parameters, rate, betas=(0.9, 0.95), weight_decay=0.0))
+    return made
+
+
 def train(
     model: Model, loss_of: Callable[[Tensor], Tensor], text: Tensor, unseen: Tensor, config: Config, name: str,
     steps: int, learning_rate: float,
 ) -> list[tuple[int, float]]:  # fmt: skip
     """Returns (step, held-out bits per byte) along the way."""
-    own = {id(p) for block in model.blocks for p in (block.gate_up.weight, block.down.weight)}
-    own |= {id(p) for n, p in model.named_parameters() if n.endswith(("qkv_proj.weight", "out_proj.weight"))}
-    optimizers = [
-        Muon([p for p in model.parameters() if id(p) in own], learning_rate, torch.float32),
-        torch.optim.AdamW(
-            [p for p in model.parameters() if id(p) not in own], learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-        ),
-    ]
+    optimizers = optimizers_of(model, learning_rate, config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
     history = [(0, bits_per_byte(model, unseen))]
     progress = tqdm(range(1, steps + 1), desc=name, unit="step")
     for step in progress:
         rate = min(1.0, step / 20, 2.0 * (steps - step + 1) / steps)  # warm up, hold, decay
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate * rate
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.zero_grad()
         starts = torch.randint(len(text) - config.window - 1, (config.batch, 1), generator=generator)
         loss = loss_of(text[starts + torch.arange(config.window + 1)].to(unseen.device))
@@ -268,8 +279,8 @@ def draw_losses(
     colors = dict(zip(histories, ("#8a8a8a", "#1f6f5c", "#d9822b"), strict=True))
     for name, history in histories.items():
         left.plot(*zip(*history), "o-", ms=3, color=colors[name], label=name)
-    best = min(value for history in histories.values() for _, value in history)
-    left.set(xlabel="step of distillation", ylabel="held-out bits per byte", ylim=(best - 0.1, teacher + 1.0))
+    ends = [history[-1][1] for history in histories.values()]
+    left.set(xlabel="step of distillation", ylabel="held-out bits per byte", ylim=(min(ends) - 0.1, max(ends) + 0.5))
     right.plot(by_k.keys(), by_k.values(), "o-", ms=4, color=colors["SEA"], label=f"SEA, trained with k = {k}")
     for name, history in histories.items():
         if name != "SEA":

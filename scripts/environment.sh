@@ -20,7 +20,7 @@ except ModuleNotFoundError:  # Python 3.10
     import pip._vendor.tomli as tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))
 requirements = project["build-system"]["requires"] + ["cmake", "ninja"]
-for extra in ("test", "bench", "demo", "dev"):
+for extra in ("test", "bench", "demo", "docs", "dev"):
     requirements += project["project"]["optional-dependencies"][extra]
 print("\n".join(requirements))
 EOF

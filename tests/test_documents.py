@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +13,32 @@ from typing import Any
 
 import pytest
 import torch
-from torch_kernels import _registry
+from torch_kernels import _registry, _selftest
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_CODE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OTHERS = ("CHANGELOG.md", "bench/README.md", "bench/results/README.md", "examples/README.md")
+OTHERS = ("CHANGELOG.md", "SECURITY.md", "bench/README.md", "bench/results/README.md", "examples/README.md")
 ALL = [*WITH_CODE, *(ROOT / name for name in OTHERS)]
 OP_PAGES = sorted((ROOT / "docs" / "ops").glob("*.md"))
+SOURCES = [
+    *(
+        path
+        for name in ("bench", "csrc", "examples", "python", "scripts", "tests")
+        for path in (ROOT / name).rglob("*")
+    ),
+    *(
+        ROOT / name
+        for name in ("CITATION.cff", "CMakeLists.txt", "Makefile", "mkdocs.yml", "pyproject.toml", ".ci/run")
+    ),
+]
+FAMILIES = sorted(page.stem for page in OP_PAGES)
 HEADINGS = ["Formula", "Shapes and dtypes", "Example", "Accuracy", "Speed", "How the kernel works", "Limits"]
 
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^)\s]+)\)")
 PLACE = re.compile(r"`((?:csrc|python|tests|bench|docs|scripts|examples)/[\w./*-]*)`")
 MAKE = re.compile(r"\bmake ([a-z]+)")
+PAPER = re.compile(r"\barxiv(?:\s+|\.org/abs/)(\d{4}\.\d{5})\b", re.IGNORECASE)
 
 
 def name_of(path: Path) -> str:
@@ -85,6 +99,15 @@ def test_code_runs(path, tmp_path, monkeypatch):
     assert count or (path.name != "README.md" and path not in OP_PAGES), "a page without an example"
 
 
+@pytest.mark.parametrize("path", WITH_CODE, ids=name_of)
+def test_quoted_sources_are_so(path):
+    """A block of C++ begins with the file that it is from."""
+    for _, language, body in code_blocks(path.read_text(encoding="utf-8")):
+        if language == "cpp":
+            source, _, code = body.removeprefix("// ").partition("\n")
+            assert code in (ROOT / source).read_text(encoding="utf-8"), source
+
+
 @pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_links_lead_somewhere(path):
     assert broken_links(path) == []
@@ -113,6 +136,39 @@ def test_every_op_has_a_page():
 def test_op_pages_have_the_same_headings(path):
     titles = re.findall(r"^## (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
     assert [title for title in titles if title in HEADINGS] == HEADINGS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_have_what_the_checklist_asks_for(family):
+    """CONTRIBUTING.md, "Add an op"."""
+    csrc, python = ROOT / "csrc" / family, ROOT / "python" / "torch_kernels" / family
+    files = [csrc / name for name in ("params.h", "kernels.h", "bind.cpp")]
+    files += [python / name for name in ("__init__.py", "op.py", "reference.py", "selftest.py", "triton_kernels")]
+    files += [ROOT / "tests" / family, ROOT / "bench" / f"{family}.py"]
+    assert [str(path) for path in files if not path.exists()] == []
+    assert any(csrc.glob("*_cpu.cpp")) and any(csrc.glob("*.cu"))
+    assert family in {selftest.__name__.split(".")[1] for selftest in _selftest.FAMILIES}
+    for place in ("CMakeLists.txt", "Makefile", "mkdocs.yml", "docs/api/ops.md"):
+        assert re.search(rf"\b{family}\b", (ROOT / place).read_text(encoding="utf-8")), place
+
+
+def test_sources_name_the_licence():
+    suffixes = {".py", ".h", ".cpp", ".cu", ".cuh", ".sh", ".css", ".cff", ".toml", ".txt", ".yml", ""}
+    sources = [path for path in SOURCES if path.is_file() and path.suffix in suffixes and path.stat().st_size]
+    assert len(sources) > 300
+    missing = [name_of(path) for path in sources if "SPDX-License-Identifier: Apache-2.0" not in head(path)]
+    assert [name for name in missing if not name.startswith(("bench/results/", "bench/data/", "tests/data/"))] == []
+
+
+def head(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "".join(itertools.islice(file, 3))
+
+
+def test_cited_papers_are_those_of_the_citation_file():
+    python = [path for path in SOURCES if path.suffix == ".py" and path.is_relative_to(ROOT / "python")]
+    cited = {paper for path in (*python, *ALL) for paper in PAPER.findall(path.read_text(encoding="utf-8"))}
+    assert cited == set(PAPER.findall((ROOT / "CITATION.cff").read_text(encoding="utf-8")))
 
 
 # The checks themselves.

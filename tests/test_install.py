@@ -29,7 +29,7 @@ def check_metadata(description: Message) -> None:
     assert description["License-Expression"] == "Apache-2.0"
     required = [r for r in description.get_all("Requires-Dist") if "extra ==" not in r]
     assert required == ["torch>=2.6", "tqdm>=4.60"]
-    assert set(description.get_all("Provides-Extra")) == {"bench", "demo", "dev", "examples", "gpu", "test"}
+    assert set(description.get_all("Provides-Extra")) == {"bench", "demo", "dev", "docs", "examples", "gpu", "test"}
 
 
 def test_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Case:
-    name: str  # letters, digits and hyphens: it is a key in results and docs
+    name: str  # letters, digits, hyphens and dots: it is a key in results and docs
     make_inputs: Callable[[int, str], Inputs]  # (seed, device)
     run: Prepare  # ours
     bytes: int  # each useful input byte read once, each output byte written once
@@ -49,6 +49,11 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     curve: Curve | None = None  # else the case is a group of bars
     memory: bool = False  # whether to measure what ours takes beyond inputs and outputs
+
+    def of(self, model: str) -> Case:
+        """The same case among those of a model."""
+        curve = self.curve and replace(self.curve, series=f"{model}: {self.curve.series}")
+        return replace(self, name=f"{model}-{self.name}", curve=curve)
 
     def allowed_error(self) -> float:
         return TOLERANCE.get(self.dtype, 0.0) if self.tolerance is None else self.tolerance

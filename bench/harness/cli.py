@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -34,11 +36,39 @@ class Settings:
 
 def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark from its command line. Returns the exit code: 1 when a case of ours was wrong or failed."""
-    words = sys.argv[1:] if argv is None else argv
-    options = _parse(op, words)
+    parser = argparse.ArgumentParser(
+        prog=f"bench/{op}.py", description=f"Measures {op} against its floor and its peers."
+    )
+    add_options(parser)
+    for name, kind in (("json", "write results"), ("plot", "draw a PNG (needs matplotlib)")):
+        parser.add_argument(
+            f"--{name}",
+            nargs="?",
+            const=record.DEFAULT,
+            metavar="PATH",
+            help=f"{kind}; alone: bench/results/<machine>/",
+        )
+    options = parser.parse_args(argv)
+    command = record.repro(f"python bench/{op}.py", options)
     if options.repro:
-        print(record.repro(op, options))
+        print(command)
         return 0
+    run = measure(op, cases, options, command)
+    if run is None:
+        return 1
+    if options.json:
+        record.write(run, record.path_for(options.json, run, "json"))
+    if options.plot:
+        plot.draw(run, record.path_for(options.plot, run, "png"))
+    return int(failed(run))
+
+
+def failed(run: dict[str, Any]) -> bool:
+    return run["interrupted"] or any("failed" in result for result in run["cases"].values())
+
+
+def measure(op: str, cases: Iterable[Case], options: argparse.Namespace, command: str) -> dict[str, Any] | None:
+    """Checks and times the cases that the options ask for, and prints the table. None when there is no such case."""
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
     if options.threads:
@@ -58,13 +88,13 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
         case for case in cases if kind in case.devices and any(part in case.name for part in options.cases.split(","))
     ]
     if not cases:
-        print(f"no case matches {options.cases!r} on {options.device}", file=sys.stderr)
-        return 1
+        print(f"{op}: no case matches {options.cases!r} on {options.device}", file=sys.stderr)
+        return None
 
     run = record.describe(
         op,
         options.device,
-        record.repro(op, options),
+        command,
         {
             "seconds_per_case": settings.seconds,
             "last_level_cache_bytes": settings.last_level_cache,
@@ -78,7 +108,7 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
     print(table.heading(run), table.header(cases, peers), sep="\n", flush=True)
 
     results: dict[str, dict] = {}
-    with Progress(len(cases)) as progress:
+    with contextlib.suppress(KeyboardInterrupt), Progress(len(cases)) as progress:  # what was measured is kept
         for case in cases:
             progress.start(case.name)
             try:
@@ -93,13 +123,9 @@ def main(op: str, cases: Iterable[Case], argv: Sequence[str] | None = None) -> i
             gc.collect()
             if kind == "cuda":
                 torch.cuda.empty_cache()
-    run |= {"ceilings": ceilings.summary(), "cases": results}
+    run |= {"ceilings": ceilings.summary(), "cases": results, "interrupted": len(results) < len(cases)}
     print(table.footer(run), flush=True)
-    if options.json:
-        record.write(run, record.path_for(options.json, run, "json"))
-    if options.plot:
-        plot.draw(run, record.path_for(options.plot, run, "png"))
-    return int(any("failed" in result for result in results.values()))
+    return run
 
 
 def _run_case(case: Case, settings: Settings, progress: Progress) -> dict:
@@ -199,10 +225,8 @@ def _copies(case: Case, inputs: Inputs, contenders: int, settings: Settings) -> 
     return max(1, min(wanted, affordable, 1000))
 
 
-def _parse(op: str, argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"bench/{op}.py", description=f"Measures {op} against its floor and its peers."
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure, and how."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:index]")
     parser.add_argument("--cases", default="", metavar="A,B", help="only cases whose name contains one of these")
     parser.add_argument("--peers", metavar="A,B", help="only these peers; 'all' adds the slow ones, '' runs none")
@@ -214,16 +238,5 @@ def _parse(op: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=2.0, metavar="GB", help="budget for rotated inputs (default 2)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
-        "--json", nargs="?", const=record.DEFAULT, metavar="PATH", help="write results; alone: bench/results/<machine>/"
-    )
-    parser.add_argument(
-        "--plot",
-        nargs="?",
-        const=record.DEFAULT,
-        metavar="PATH",
-        help="draw a PNG (needs matplotlib); alone: as --json",
-    )
-    parser.add_argument(
         "--repro", action="store_true", help="print the command and environment that repeat this run, and stop"
     )
-    return parser.parse_args(argv)

@@ -20,6 +20,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FORMAT = 1
 DEFAULT = "default"  # --json and --plot without a path
+NOT_REPEATED = ("json", "plot", "html", "repro", "ops", "saved")  # options that do not change what is measured
 
 
 def describe(op: str, device: str, command: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -62,9 +63,27 @@ def _hardware(device: str) -> dict:
 
     hardware: dict = {"cpu": asdict(_device.cpu())}
     if device != "cpu":
-        gpu = _device.gpus()[int(device.partition(":")[2] or 0)]
-        hardware["gpu"] = asdict(gpu) | {"bandwidth_gb_s": gpu.bandwidth_gb_s}
+        hardware["gpu"] = _gpu(int(device.partition(":")[2] or 0))
     return hardware
+
+
+def _gpu(index: int) -> dict:
+    """As its driver describes it; without cuda-python what torch tells."""
+    from torch_kernels import _device
+
+    try:
+        gpu = _device.gpus()[index]
+    except _device.GpuUnavailable:
+        seen = torch.cuda.get_device_properties(index)
+        return {
+            "index": index,
+            "name": seen.name,
+            "compute_capability": (seen.major, seen.minor),
+            "multiprocessors": seen.multi_processor_count,
+            "l2_bytes": seen.L2_cache_size,
+            "memory_bytes": seen.total_memory,
+        }
+    return asdict(gpu) | {"bandwidth_gb_s": gpu.bandwidth_gb_s}
 
 
 def _versions() -> dict[str, str]:
@@ -78,6 +97,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    if not RESULTS.is_dir():  # installed: the package's version says what was measured
+        return "unknown"
+
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False
@@ -100,7 +122,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def repro(op: str, options: argparse.Namespace) -> str:
+def repro(program: str, options: argparse.Namespace) -> str:
     """The command that repeats a run, with the environment variables that change it, without what it writes."""
     prefixes = ("OMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "TORCH_", "TRITON_", "CUDA_VISIBLE")
     words = [
@@ -108,9 +130,9 @@ def repro(op: str, options: argparse.Namespace) -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith(prefixes) and "/" not in value
     ]
-    words += ["python", f"bench/{op}.py"]
+    words += program.split()
     for name, value in vars(options).items():
-        if name not in ("json", "plot", "repro") and value not in (None, False, ""):
+        if name not in NOT_REPEATED and value not in (None, False, ""):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(words)
 

@@ -18,7 +18,14 @@ def title(record: dict) -> str:
 
 
 def subtitle(record: dict) -> str:
-    return f"torch {record['versions']['torch']}, commit {record['commit']}, {record['date'][:10]}"
+    return f"torch {record['versions']['torch']}, {source(record)}, {record['date'][:10]}"
+
+
+def source(record: dict) -> str:
+    """What was measured: a commit, or of an installed package its version."""
+    if record["commit"] != "unknown":
+        return f"commit {record['commit']}"
+    return f"torch-kernels {record['versions'].get('torch-kernels', 'of unknown version')}"
 
 
 def heading(record: dict) -> str:

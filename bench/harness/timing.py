@@ -78,6 +78,9 @@ def cuda_sampler(calls: Sequence[Call]) -> tuple[Sampler, str]:
     return sample, mode
 
 
+FEWEST, PATIENCE = 5, 8  # rounds, where more would take so many times the seconds meant for a case
+
+
 def interleave(
     samplers: Mapping[str, Sampler],
     seconds: float,
@@ -85,7 +88,10 @@ def interleave(
     most: int,
     tick: Callable[[float], None] = lambda done: None,
 ) -> dict[str, list[float]]:
-    """Rounds until `seconds` are spent, at least `least` and at most `most`. `tick` hears the part that is done."""
+    """Rounds until `seconds` are spent, at least `least` and at most `most`. `tick` hears the part that is done.
+
+    FEWEST rounds are enough where they take PATIENCE times the seconds.
+    """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     order = list(samplers)
     start = time.perf_counter()
@@ -94,7 +100,8 @@ def interleave(
             samples[name].append(samplers[name]())
         spent = time.perf_counter() - start
         tick(min(1.0, max((turn + 1) / most, min(spent / seconds, (turn + 1) / least))))
-        if turn + 1 >= least and spent >= seconds:
+        enough = least if spent < PATIENCE * seconds else min(least, FEWEST)
+        if turn + 1 >= enough and spent >= seconds:
             break
     return samples
 

@@ -113,9 +113,10 @@ inline constexpr int kMostRows = 4;
 constexpr int vectors_for(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }  // enough chains to hide latency
 #endif
 
+// Not inlined, here and in add_tiles: callers for every dtype of x share what is unrolled so far.
 template <int Rows, bool row_scaled, bool zeros, class Unit, class Weights>
-inline void add_row_tile(const RowSpan<Unit>& x, int first_row, const Weights& weights, const FeatureScales& features,
-                         float* c) {
+[[gnu::noinline]] void add_row_tile(const RowSpan<Unit>& x, int first_row, const Weights& weights,
+                                    const FeatureScales& features, float* c) {
   using Sum = SumOf<Unit>;
   constexpr int lanes = kLanes<float>, Vectors = vectors_for(Rows), units = kOctetUnits<Unit>;
   const Unit* rows = x.units + first_row * x.row;
@@ -228,8 +229,8 @@ inline void multiply_tile(const RowSpan<Unit>& x, int parts, int row, SumOf<Unit
 // RowTiles tiles of rows and the whole panel. Sums are added while the unit works on the next two tiles: it is fast,
 // but answers late. Unrolled, because branches between tile instructions cost a third of the speed.
 template <int Depth, int RowTiles, bool row_scaled, bool zeros, class Unit>
-inline void add_tiles(const RowSpan<Unit>& x, int parts, int first_row, const Unit* panel,
-                      const FeatureScales& features, float* c) {
+[[gnu::noinline]] void add_tiles(const RowSpan<Unit>& x, int parts, int first_row, const Unit* panel,
+                                 const FeatureScales& features, float* c) {
   constexpr int kTiles = RowTiles * (kFeatures / 16), kBehind = 2, kRing = 4;
   alignas(64) SumOf<Unit> ring[kRing][kTileRows * 16];
 #pragma GCC unroll 20

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m torch_kernels info`` and ``python -m torch_kernels selftest``."""
+"""``python -m torch_kernels info``, ``selftest`` and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,11 +34,26 @@ def info() -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> None:
+    """Runs the folder of benchmarks, which ends the process. A wheel has it beside this file, a checkout at its top."""
+    here = Path(__file__).resolve().parent
+    folder = here / "bench"
+    if not folder.is_dir():
+        folder = here.parents[1] / "bench"
+    sys.argv[1:] = arguments
+    runpy.run_path(str(folder), run_name="__main__")
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["bench"]:  # it has a command line of its own
+        bench(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m torch_kernels", description=torch_kernels.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and which backend serves which op here")
     commands.add_parser("selftest", help="every op against its float64 meaning on this machine, in about ten seconds")
+    commands.add_parser(
+        "bench", help="measures ops on this machine; alone it lists them and its presets", add_help=False
+    )
     arguments = parser.parse_args()
     return info() if arguments.command == "info" else _selftest.main()
 

@@ -152,8 +152,9 @@ def cubin_attributes(cubin: bytes | Path, index: int = 0) -> dict[str, dict[str,
 
 def machine_name(device: str = "cpu") -> str:
     """A name for results measured on `device`, fit for a folder: nvidia-h200, amd-epyc-9575f-2-cores."""
-    name = gpus()[int(device.partition(":")[2] or 0)].name if device.startswith("cuda") else ""
-    if not name:
+    if device.startswith("cuda"):
+        name = _gpu_name(int(device.partition(":")[2] or 0))
+    else:
         name = re.sub(r"\((R|TM)\)|\bCPU\b|@.*", "", cpu().name, flags=re.IGNORECASE) + f" {cpu().cores} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -223,6 +224,15 @@ def _cpu_name(cpuinfo: str) -> str:
     found = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
     name = found[1] if found else _sysctl("machdep.cpu.brand_string") or platform.processor()
     return " ".join(name.split()) or platform.machine() or "unknown CPU"
+
+
+def _gpu_name(index: int) -> str:
+    try:
+        return gpus()[index].name
+    except GpuUnavailable:  # the name needs no more than torch
+        import torch
+
+        return torch.cuda.get_device_name(index)
 
 
 def _caches() -> dict[str, int]:

@@ -96,6 +96,14 @@ def test_ours_wrong_fails_the_case_and_the_run_but_not_the_other_cases(tmp_path)
     assert "time" in record["cases"]["good"]
 
 
+def test_an_interrupt_keeps_what_was_measured(tmp_path):
+    def interrupted(inputs):
+        raise KeyboardInterrupt
+
+    code, record = run([make_case("first"), make_case("second", run=interrupted), make_case("third")], tmp_path)
+    assert code == 1 and record["interrupted"] and list(record["cases"]) == ["first"]
+
+
 def test_without_a_truth_peers_are_held_against_ours(tmp_path):
     _, record = run([make_case(truth=None)], tmp_path)
     assert record["cases"]["add"]["peers"]["wrong"]["refused"].startswith("wrong")

@@ -408,3 +408,19 @@ def test_bad_calls() -> None:
         both(x, state=layer.init_state(1, 5))
     with pytest.raises(ValueError, match=r"sea_distillation_loss: teacher must be"):
         sea_distillation_loss(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_parts_without_gradients_are_the_whole(device: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CPU_ROWS", "GPU_ROWS"):
+        monkeypatch.setattr(f"torch_kernels.nn.sea_attention.{name}", 7)
+    layer = make_layer(device)
+    x = tokens_for(layer, 2, 24)
+    mask = torch.arange(24, device=device).remainder(5).eq(3).expand(2, -1) if padded else None
+    whole, whole_map = layer(x, padding_mask=mask, return_map=True)
+    with torch.no_grad():
+        parts, parts_map = layer(x, padding_mask=mask, return_map=True)
+        assert_bitwise("y", layer(x, padding_mask=mask), parts)
+    assert whole.requires_grad and not parts.requires_grad
+    torch.testing.assert_close(parts, whole.detach())
+    torch.testing.assert_close(parts_map, whole_map.detach())

@@ -51,8 +51,8 @@ def sequence_parallel_lightning(
         scale: multiplies the output; None means 1.
 
     Returns:
-        This rank's out ``[B, T, Hq, V]``. Gradients flow to q, k and v, and to slopes: this rank's share, so that
-        the sum over the ranks is the whole (data parallelism sums or averages gradients of parameters anyway).
+        This rank's out ``[B, T, Hq, V]``. Gradients flow to q, k and v, and to slopes as this rank's share, so
+        that the sum over the ranks is the whole (data parallelism sums or averages gradients of parameters anyway).
 
     Raises:
         ValueError, TypeError: as :func:`torch_kernels.lightning_attention`; ``zigzag`` does not sum to T.

@@ -108,7 +108,7 @@ def rope_shift(k: Tensor, offsets: Tensor, delta: Tensor, inv_freq: Tensor, *, i
         interleaved: rotary pairs are channels ``(2i, 2i + 1)``; otherwise ``(i, i + D / 2)``.
 
     Returns:
-        ``[Tk, Hk, D]`` in k's dtype: angles in float64, products in float32, rounded once.
+        ``[Tk, Hk, D]`` in k's dtype, from angles in float64 and products in float32, rounded once.
 
     Raises:
         ValueError, TypeError: an argument has a wrong device, dtype, shape or value. Offsets are checked on the CPU,

@@ -161,7 +161,7 @@ def rotate_quantize(
         bits: 2 to 8.
 
     Returns:
-        q int8 ``[.., n]``, and scale float32 ``[..]``: the row's ``max|r|`` over the largest q, or ``x_scale``.
+        q int8 ``[.., n]``, and scale float32 ``[..]``, the row's ``max|r|`` over the largest q, or ``x_scale``.
 
         A row of zeros has scale 0 (unless ``x_scale`` is given) and q 0; one with a NaN or infinity has a scale that
         is not finite, also with ``x_scale``, and q 0.

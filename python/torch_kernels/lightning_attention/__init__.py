@@ -147,7 +147,7 @@ def lightning_attention_backward(
         decay_gradient: False leaves grad_slopes out: it comes back empty.
 
     Returns:
-        grad_q, grad_k, grad_v and grad_slopes, each as what it belongs to (slopes: summed over batch and tokens), and
+        grad_q, grad_k, grad_v and grad_slopes, each as what it belongs to (of slopes summed over batch and tokens), and
         grad_initial_state ``[N, H, K, V]``, ``[0, H, K, V]`` when there was no initial state.
     """
     return _op.lightning_attention_backward(

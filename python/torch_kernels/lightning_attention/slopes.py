@@ -37,7 +37,7 @@ def lightning_slopes(num_heads: int, layer: int = 0, num_layers: int = 1, kind: 
         kind: one of the above.
 
     Returns:
-        float32 ``[H]``, on the CPU. Keep slopes float32 in models of lower precision: slow heads need it.
+        float32 ``[H]``, on the CPU. Keep slopes float32 in models of lower precision, as slow heads need it.
 
     Raises:
         ValueError: an unknown kind, no heads, or a layer outside ``[0, num_layers)``.

@@ -14,6 +14,10 @@ from torch_kernels.nn.sea_decoders import BidirectionalDecoder, CausalDecoder, H
 from torch_kernels.nn.sea_performer import Performer, Rows
 from torch_kernels.sea import running_mean, sea_attention, sea_select, sea_stretch
 
+# Rows computed together where no gradients are wanted, so that what lies between the stages stays small: in a CPU's
+# cache, and in a GPU's memory, where more rows share a launch.
+CPU_ROWS, GPU_ROWS = 512, 8192
+
 
 class SEAState(NamedTuple):
     """What a causal layer remembers of the tokens before. Beside keys and values its size does not grow."""
@@ -128,8 +132,9 @@ class SEAttention(nn.Module):
         features = self.performer.projection.shape[0]
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return SEAState(
-            k=weight.new_zeros(batch, max_length, heads, size),
-            v=weight.new_zeros(batch, max_length, heads, size),
+            # A head's keys lie together: a row looks at many of one head.
+            k=weight.new_zeros(batch, heads, max_length, size).transpose(1, 2),
+            v=weight.new_zeros(batch, heads, max_length, size).transpose(1, 2),
             features=weight.new_zeros(batch, heads, features, 2 * size, dtype=wide),
             norm=weight.new_zeros(batch, heads, features, dtype=wide),
             value_sum=weight.new_zeros(batch, heads, size, dtype=torch.float64),
@@ -164,7 +169,11 @@ class SEAttention(nn.Module):
         _checks.shape(name, dims, x=(x, "B T E"), padding_mask=(padding_mask, "B T"))
         _checks.dtype(name, (torch.bool,), padding_mask=padding_mask)
         if state is None:
-            y, cells, _ = self._forward(x, padding_mask, None)
+            rows = CPU_ROWS if x.device.type == "cpu" else GPU_ROWS
+            if not self.causal or dims["T"] <= rows or self._wants_gradients(x):
+                y, cells, _ = self._forward(x, padding_mask, None)
+            else:
+                y, cells = self._in_parts(x, padding_mask, rows, return_map)
             return (y, cells) if return_map else y
         if not self.causal:
             _checks.fail(name, "state", "None in a bidirectional layer", "a state")
@@ -200,6 +209,21 @@ class SEAttention(nn.Module):
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_cells={self.num_cells}, k={self.k}, "
             f"causal={self.causal}, num_features={self.performer.projection.shape[0]}"
         )
+
+    def _wants_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
+
+    @torch.no_grad()
+    def _in_parts(self, x: Tensor, padding_mask: Tensor | None, rows: int, return_map: bool) -> tuple[Tensor, Tensor]:
+        """Some rows after the others, as decoding does it."""
+        state: SEAState | None = self.init_state(len(x), x.shape[1])
+        outputs, maps = [], []
+        for first in range(0, x.shape[1], rows):
+            part = slice(first, first + rows)
+            y, cells, state = self._forward(x[:, part], None if padding_mask is None else padding_mask[:, part], state)
+            outputs.append(y)
+            maps.append(cells if return_map else cells[:, :, :0])
+        return torch.cat(outputs, 1), torch.cat(maps, 2)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of x ``[B, T, E]``: ``[B, T, H, D]`` each."""

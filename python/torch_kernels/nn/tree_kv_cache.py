@@ -148,7 +148,7 @@ class TreeKVCache:
             options: more arguments of the model, such as ``output_hidden_states=True``.
 
         Returns:
-            The output of the model: ``.logits [B, T, V]`` are those of what follows each node.
+            The output of the model, whose ``.logits [B, T, V]`` are those of what follows each node.
         """
         name = "TreeKVCache.verify"
         self._check_tokens(name, tokens)

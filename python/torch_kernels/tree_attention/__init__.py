@@ -120,10 +120,12 @@ def tree_verify_greedy(draft_tokens: Tensor, target_tokens: Tensor, parents: Ten
         parents: the trees ``[B, T]`` with one root, node 0.
 
     Returns:
+        Three tensors.
+
         - path ``[B, T]`` int32: accepted node ids from the root on, -1 padded;
         - num_accepted ``[B]`` int32: how many drafted tokens were accepted, the root not counted;
         - tokens ``[B, T]`` in draft_tokens' dtype: the accepted tokens, then the target's next one, -1 padded
-          (``num_accepted + 1`` are valid).
+            (``num_accepted + 1`` are valid).
 
         A row without a root gives -1, 0 and -1.
     """
