@@ -54,11 +54,6 @@ Values = dict[str, Any]
 Change = tuple[Any, ...]
 
 
-@functools.cache
-def calls(device: str, backend: str) -> dict[str, list[Any]]:
-    return samples(device, backend)
-
-
 def own(x: Any) -> Any:
     return bits(x).contiguous().clone().view(x.dtype) if isinstance(x, Tensor) else x
 
@@ -69,7 +64,7 @@ def in_schema_order(declared: _registry.Op, values: Values) -> tuple[Any, ...]:
 
 
 def sample(op: str, i: int, backend: Backend) -> Values:
-    positional, keywords = calls(backend.device, backend.name)[op][i]
+    positional, keywords = samples(backend.device, backend.name)[op][i]
     return {name: own(x) for name, x in (positional | keywords).items()}
 
 
@@ -94,7 +89,7 @@ def dimensions(op: str, i: int, backend: Backend) -> dict[str, list[str]]:
 
 @st.composite
 def cases(draw: st.DrawFn, op: str, backend: Backend) -> tuple[int, list[Change]]:
-    i = draw(st.integers(0, len(calls(backend.device, backend.name)[op]) - 1))
+    i = draw(st.integers(0, len(samples(backend.device, backend.name)[op]) - 1))
     declared, values = _registry.OPS[op], sample(op, i, backend)
     tensors = [name for name, x in values.items() if isinstance(x, Tensor)]
     scalars = {n: type(x) for n, x in zip(declared._names, in_schema_order(declared, values)) if type(x) in SCALARS}
@@ -233,7 +228,7 @@ class Memory:
 
 
 def call(backend: Backend, op: str, i: int, values: Values) -> tuple[Tensor, ...]:
-    positional, _ = calls(backend.device, backend.name)[op][i]
+    positional, _ = samples(backend.device, backend.name)[op][i]
     names = _registry.OPS[op]._names
     keywords = {name: x for name, x in values.items() if name not in positional}
     last = max((names.index(name) for name in values if name in positional), default=-1)
