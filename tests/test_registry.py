@@ -21,6 +21,7 @@ from torch import Tensor
 from torch_kernels import _native, _registry, _selftest
 
 from .backends import ON_CPU, unchecked
+from .test_gpu import samples
 from .tolerance import assert_bitwise
 from .tree_attention.cases import FP8, Case
 from .tree_attention.test_attention import check
@@ -142,6 +143,18 @@ def test_a_forced_reference_does_not_warn(op: _registry.Op) -> None:
 # ---- what is checked, and what is remembered ----
 
 
+@pytest.mark.parametrize("name", sorted(_registry.OPS))
+def test_a_required_tensor_is_not_left_out(name: str) -> None:
+    """torch passes None on, which native code takes for an optional tensor that was not given."""
+    positional, keywords = samples("cpu")[name][0]
+    schema = getattr(torch.ops.kernels, name).default._schema
+    for required in [x.name for x in schema.arguments if str(x.type) == "Tensor"]:
+        arguments = [None if argument == required else x for argument, x in positional.items()]
+        if any(isinstance(x, Tensor) for x in arguments):  # else torch does not know whom to call
+            with pytest.raises(TypeError, match=f"{name}: {required} must be a tensor"):
+                ON_CPU[0](name, *arguments, **keywords)
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_index_values_are_always_checked_on_the_cpu(op: _registry.Op, enabled: bool) -> None:
     torch_kernels.set_validation(enabled)
@@ -220,7 +233,7 @@ def described(draw: st.DrawFn) -> tuple[list[Any], list[Any]]:
     """Arguments of a call, and all of them that a signature has to tell apart."""
     arguments: list[Any] = []
     description: list[Any] = []
-    for kind in draw(st.lists(st.sampled_from(["none", "int", "float", "tensor"]), max_size=3)):
+    for kind in draw(st.lists(st.sampled_from(["none", "int", "float", "text", "tensor"]), max_size=3)):
         if kind == "none":
             argument, meaning = None, None
         elif kind == "int":
@@ -228,6 +241,8 @@ def described(draw: st.DrawFn) -> tuple[list[Any], list[Any]]:
         elif kind == "float":
             argument = draw(st.sampled_from([0.0, 1.0, 2.0, 1e-320, float("inf"), float("nan")]))
             meaning = struct.pack("d", argument)
+        elif kind == "text":
+            argument = meaning = draw(st.sampled_from(["", "fast", "fast\0", "\0"]))
         else:
             dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int8, FP8]))
             shape = draw(st.lists(st.sampled_from([1, 2, 3]), max_size=3))

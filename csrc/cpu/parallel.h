@@ -74,6 +74,7 @@ class Scratch {
     char* reserve(int64_t bytes) {
       if (bytes > capacity_) {
         memory_.reset();
+        capacity_ = 0;  // should there be no memory
         memory_.reset(static_cast<char*>(::operator new(size_t(bytes), kAlignment)));
         capacity_ = bytes;
       }
