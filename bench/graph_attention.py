@@ -2,7 +2,8 @@
 """Graph-KV attention at the paper's workloads, with the heads of Llama-3.1-8B.
 
 Peers get dense masks and index lists that a careful user would prepare once. What each call needs is timed: gathered
-keys, repeated heads where a kernel has no groups, and flex_attention's BlockMask, which changes with every request.
+keys, repeated heads where a kernel has no groups, flex_attention's BlockMask, which changes with every request, and the
+rotation to a graph's positions of queries and, once per layer and graph, of keys: before decoding it is done.
 """
 
 from __future__ import annotations
@@ -131,24 +132,34 @@ def rope(workload: Workload, inputs: Inputs) -> dict[str, torch.Tensor]:
     }
 
 
-def rotate(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    angle = positions.double()[:, None, None] * inv_freq.double()
-    a, b = x.chunk(2, -1)
-    cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
+Positioned = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
-def positioned(workload: Workload, inputs: Inputs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys at their positions, for whoever cannot turn queries for each edge."""
+def positioned(workload: Workload, inputs: Inputs, dtype: torch.dtype) -> Positioned:
+    """Gives queries and keys at their positions, for whoever cannot turn queries for each edge."""
     q, k = inputs["q"].to(dtype), inputs["k"].to(dtype)
     if not workload.rope:
-        return q, k
-    inv_freq, device = rope(workload, inputs)["inv_freq"], q.device
+        return lambda: (q, k)
+    inv_freq, device = rope(workload, inputs)["inv_freq"].double(), q.device
     lengths = torch.tensor(workload.lengths, device=device)
     starts = inputs["kv_offsets"][:-1].long().repeat_interleave(lengths)
     keys = sum(workload.lengths)
     positions = torch.tensor([keys], device=device) if workload.decode else torch.arange(keys, device=device)
-    return rotate(q, positions, inv_freq), rotate(k, starts, inv_freq)
+
+    def turn(at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = at.double()[:, None, None] * inv_freq
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    turn_q, turn_k = turn(positions), turn(starts)
+    if workload.decode:
+        turned = rotate(k, *turn_k)
+        return lambda: (rotate(q, *turn_q), turned)
+    return lambda: (rotate(q, *turn_q), rotate(k, *turn_k))
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
 
 
 TRUTH_ROWS = 512
@@ -156,7 +167,7 @@ TRUTH_ROWS = 512
 
 def truth(workload: Workload, inputs: Inputs) -> torch.Tensor:
     """The formula in float64, some rows of a query segment and a KV head at a time."""
-    q, k = positioned(workload, inputs, torch.float64)
+    q, k = positioned(workload, inputs, torch.float64)()
     v, group = inputs["v"].double(), workload.heads // workload.kv_heads
     out = torch.empty_like(q)
     ends = torch.tensor([0, *workload.lengths]).cumsum(0).tolist()
@@ -178,23 +189,26 @@ def truth(workload: Workload, inputs: Inputs) -> torch.Tensor:
 
 def sdpa(workload: Workload, inputs: Inputs) -> Call:
     """One call for everything, under a dense mask."""
-    q, k = positioned(workload, inputs, workload.dtype)
-    mask = shared(inputs, "mask", lambda: workload.mask(q.device))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, inputs["v"]))
-    mask = None if workload.decode else mask
-    return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    get, v = positioned(workload, inputs, workload.dtype), inputs["v"]
+    mask = None if workload.decode else shared(inputs, "mask", lambda: workload.mask(v.device))
+
+    def call() -> torch.Tensor:
+        rows = (x.transpose(0, 1)[None] for x in (*get(), v))
+        return F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return call
 
 
 def gather(workload: Workload, inputs: Inputs) -> Call:
     """A call for each query segment, on keys and values that are gathered for it."""
-    q, k = positioned(workload, inputs, workload.dtype)
-    v, ends = inputs["v"], torch.tensor([0, *workload.lengths]).cumsum(0).tolist()
+    get, v = positioned(workload, inputs, workload.dtype), inputs["v"]
+    ends = torch.tensor([0, *workload.lengths]).cumsum(0).tolist()
 
     def masks() -> list[torch.Tensor | None]:
         return [
             None
             if workload.decode or len(sources) == 1
-            else torch.ones(length, sum(workload.lengths[s] for s in sources), dtype=torch.bool, device=q.device).tril(
+            else torch.ones(length, sum(workload.lengths[s] for s in sources), dtype=torch.bool, device=v.device).tril(
                 sum(workload.lengths[s] for s in sources) - length
             )
             for length, sources in zip(workload.q_lengths, workload.sources, strict=True)
@@ -203,7 +217,7 @@ def gather(workload: Workload, inputs: Inputs) -> Call:
     prepared = shared(inputs, "masks", masks)
 
     def call() -> torch.Tensor:
-        out, first = [], 0
+        (q, k), out, first = get(), [], 0
         for length, sources, mask in zip(workload.q_lengths, workload.sources, prepared, strict=True):
             keys, values = (torch.cat([x[ends[s] : ends[s + 1]] for s in sources]) for x in (k, v))
             rows = (x.transpose(0, 1)[None] for x in (q[first : first + length], keys, values))
@@ -220,22 +234,25 @@ def varlen(regather: bool, workload: Workload, inputs: Inputs) -> Call:
     """FlashAttention over packed sequences, whose keys are gathered for each query segment in each call or before."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k = positioned(workload, inputs, workload.dtype)
-    v, ends = inputs["v"], torch.tensor([0, *workload.lengths]).cumsum(0).tolist()
-    rows = torch.cat([torch.arange(ends[s], ends[s + 1]) for mine in workload.sources for s in mine]).to(q.device)
+    get, v = positioned(workload, inputs, workload.dtype), inputs["v"]
+    ends = torch.tensor([0, *workload.lengths]).cumsum(0).tolist()
+    rows = torch.cat([torch.arange(ends[s], ends[s + 1]) for mine in workload.sources for s in mine]).to(v.device)
     keys = [sum(workload.lengths[s] for s in mine) for mine in workload.sources]
     q_ends, k_ends = (
-        torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32) for lengths in (workload.q_lengths, keys)
+        torch.tensor([0, *lengths]).cumsum(0).to(v.device, torch.int32) for lengths in (workload.q_lengths, keys)
     )
     window = (-1, -1) if workload.decode else (-1, 0)
     attend = functools.partial(
         varlen_attn, cu_seq_q=q_ends, cu_seq_k=k_ends, max_q=max(workload.q_lengths), max_k=max(keys),
         window_size=window, enable_gqa=True,
     )  # fmt: skip
-    if regather:
-        return lambda: attend(q, k[rows], v[rows])
-    gathered = k[rows], v[rows]
-    return lambda: attend(q, *gathered)
+    gathered = get()[1][rows], v[rows]
+
+    def call() -> torch.Tensor:
+        q, k = get()
+        return attend(q, k[rows], v[rows]) if regather else attend(q, *gathered)
+
+    return call
 
 
 @functools.cache
@@ -249,8 +266,8 @@ def flex(workload: Workload, inputs: Inputs) -> Call:
     """flex_attention, compiled, on the packed sequence, its BlockMask made for each call."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    q, k = positioned(workload, inputs, workload.dtype)
-    device, count, tokens = q.device, len(workload.lengths), sum(workload.lengths)
+    get, v = positioned(workload, inputs, workload.dtype), inputs["v"]
+    device, count, tokens = v.device, len(workload.lengths), sum(workload.lengths)
     segment = torch.arange(count).repeat_interleave(torch.tensor(workload.lengths)).to(device)
     sees = torch.zeros(count, count, dtype=torch.bool)
     for source, target in workload.edges:
@@ -261,9 +278,8 @@ def flex(workload: Workload, inputs: Inputs) -> Call:
         own = (segment[row] == segment[key]) & (key <= row)
         return sees[segment[row], segment[key]] | own
 
-    rows = tuple(x.transpose(0, 1)[None] for x in (q, k, inputs["v"]))
-
     def call() -> torch.Tensor:
+        rows = (x.transpose(0, 1)[None] for x in (*get(), v))
         blocks = create_block_mask(seen, None, None, tokens, tokens, device=str(device))
         return compiled_flex()(*rows, block_mask=blocks, enable_gqa=True)[0].transpose(0, 1)
 
@@ -274,10 +290,10 @@ def flashinfer(workload: Workload, inputs: Inputs) -> Call:
     """Its single-sequence prefill kernel under a packed mask."""
     import flashinfer as package
 
-    q, k = positioned(workload, inputs, workload.dtype)
-    packed = shared(inputs, "packed", lambda: package.packbits(workload.mask(q.device).reshape(-1), bitorder="little"))
+    get, v = positioned(workload, inputs, workload.dtype), inputs["v"]
+    packed = shared(inputs, "packed", lambda: package.packbits(workload.mask(v.device).reshape(-1), bitorder="little"))
     attend = functools.partial(package.single_prefill_with_kv_cache, packed_custom_mask=packed, kv_layout="NHD")
-    return lambda: attend(q, k, inputs["v"])
+    return lambda: attend(*get(), v)
 
 
 DENSE_TOKENS = 20_000  # longer sequences get no dense mask

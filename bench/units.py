@@ -26,3 +26,11 @@ def scaled(number: float, unit: str) -> str:
         if number >= scale:
             return f"{significant(number / scale)} {prefix}{unit}"
     return f"{significant(number / 1e6)} M{unit}"
+
+
+def length(tokens: float) -> str:
+    """65536 as 64k, 1048576 as 1M: lengths are powers of two."""
+    for suffix, scale in (("M", 1 << 20), ("k", 1 << 10)):
+        if tokens >= scale and tokens % scale == 0:
+            return f"{tokens / scale:g}{suffix}"
+    return f"{tokens:g}"

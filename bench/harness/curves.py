@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
+from units import length
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 10, 38
@@ -45,7 +46,7 @@ def panel(title: str, x_label: str, y_label: str, lines: Sequence[Line], base: i
     for tick in xs:
         x, _ = place(tick, ticks[-1])
         if x - room >= 26:  # labels that would run into each other are left out
-            parts.append(f'<text class="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}">{_binary(tick)}</text>')
+            parts.append(f'<text class="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}">{length(tick)}</text>')
             room = x
     parts.append(f'<text class="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}">{escape(x_label)}</text>')
     for line in lines:
@@ -74,8 +75,3 @@ def _short(number: float) -> str:
 
 def _fraction(number: float) -> str:
     return f"1/{1 / number:g}" if number < 1 else f"{number:g}"
-
-
-def _binary(number: float) -> str:
-    """65536 as 64k: lengths are powers of two."""
-    return f"{number / 1024:g}k" if number >= 1024 and number % 1024 == 0 else f"{number:g}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from units import duration, percent, significant
+from units import duration, length, percent, significant
 
 from . import table
 
@@ -63,7 +63,7 @@ def _draw_curves(record: dict, cases: dict, path: Path) -> None:
 
 
 def _draw_panel(panel: Any, points: list[dict], measure: str) -> None:
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import NullLocator
 
     x = [point["curve"]["x"] for point in points]
     axis, baseline = points[0]["curve"]["axis"], points[0]["curve"]["baseline"]
@@ -84,8 +84,7 @@ def _draw_panel(panel: Any, points: list[dict], measure: str) -> None:
     ours = values([point["time"]["median"] for point in points])
     panel.plot(x, ours, "o-", color=OURS, linewidth=2, ms=4, label="torch-kernels")
     panel.set_xscale("log", base=2)
-    panel.set_xticks(x)
-    panel.xaxis.set_major_formatter(ScalarFormatter())
+    panel.set_xticks(x, [length(value) for value in x])
     panel.xaxis.set_minor_locator(NullLocator())
     if measure == "speedup":
         panel.set_ylim(0, 1.15 * max(value for value in ours + floor[:1] if value == value))
@@ -129,7 +128,7 @@ def _draw_bars(record: dict, cases: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 1.9 + 0.21 * height), layout="constrained")
     y, ticks = 0.0, []
 
-    def add(value: float, color: str, text: str) -> None:
+    def add(value: float, color: str, text: str, text_from: float = 0) -> None:
         nonlocal y
         axes.barh(y, min(value, limit), bar * 0.86, color=color, align="edge")
         if value > limit:  # a cut across the end of the bar
@@ -140,19 +139,21 @@ def _draw_bars(record: dict, cases: dict, path: Path) -> None:
                 linewidth=2.5,
                 solid_capstyle="butt",
             )
-        axes.text(min(value, limit) + limit * 0.008, y + bar * 0.43, text, va="center", fontsize=8, color=INK)
+        axes.text(
+            max(min(value, limit), text_from) + limit * 0.008, y + bar * 0.43, text, va="center", fontsize=8, color=INK
+        )
         y += bar
 
     for name, case in cases.items():
         top = y
         ours = case["time"]["median"]
-        add(1.0, OURS, f"{duration(ours)}, {percent(case['percent_of_floor'])} of the floor")
+        floor = case["floor"] / ours
+        add(1.0, OURS, f"{duration(ours)}, {percent(case['percent_of_floor'])} of the floor", text_from=floor)
         for color, peer in zip(PEERS * 9, peers, strict=False):
             entry = case["peers"].get(peer, {})
             if "ratio" in entry:
                 value = entry["ratio"]["median"]
                 add(value, color, f"{significant(value)}x")
-        floor = case["floor"] / ours
         axes.plot([floor, floor], [top - gap * 0.2, y + gap * 0.1], color=FLOOR, linewidth=1.6)
         ticks.append(((top + y) / 2, f"{name}\n{case['bound']}-bound"))
         y += gap

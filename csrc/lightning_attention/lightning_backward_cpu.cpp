@@ -375,8 +375,8 @@ void lightning_backward(const LightningBackwardParams& params) {
   int64_t cost = params.k.size[1] * params.k.size[3] * params.v.size[3] * (3 + 3 * group);
   std::vector<double> rate_gradients(size_t(count * heads));
   for_each_dtype(params.q.dtype, [&]<class Stored>(Stored) {
-    parallel_for(count * heads, cost,
-                 [&](int64_t i) { rate_gradients[i] = Backward<Stored>(params, i / heads, i % heads).run(); });
+    for_each_item(count * heads, cost,
+                  [&](int64_t i) { rate_gradients[i] = Backward<Stored>(params, i / heads, i % heads).run(); });
   });
   if (!params.decay.slopes || !params.decay_gradient) return;
   for (int64_t h = 0; h < heads; h++) {

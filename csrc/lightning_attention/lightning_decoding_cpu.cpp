@@ -203,14 +203,14 @@ void verify(const LightningVerifyParams& p, const Tree& tree, int64_t n, int64_t
 void lightning_step(const LightningStepParams& params) {
   int64_t heads = params.k.size[1], cost = 4 * params.k.size[2] * params.v.size[2];
   for_each_dtype(params.q.dtype, [&]<class Stored>(Stored) {
-    parallel_for(params.q.size[0] * heads, cost, [&](int64_t i) { step<Stored>(params, i / heads, i % heads); });
+    for_each_item(params.q.size[0] * heads, cost, [&](int64_t i) { step<Stored>(params, i / heads, i % heads); });
   });
 }
 
 void lightning_commit(const LightningCommitParams& params) {
   int64_t heads = params.k.size[2], cost = 4 * params.k.size[3] * params.v.size[3];
   for_each_dtype(params.k.dtype, [&]<class Stored>(Stored) {
-    parallel_for(params.k.size[0] * heads, cost, [&](int64_t i) { commit<Stored>(params, i / heads, i % heads); });
+    for_each_item(params.k.size[0] * heads, cost, [&](int64_t i) { commit<Stored>(params, i / heads, i % heads); });
   });
 }
 
@@ -221,8 +221,8 @@ void lightning_verify(const LightningVerifyParams& params) {
   for (int64_t n = 0; n < params.q.size[0]; n++)
     trees.push_back(params.parents ? Tree(params.parents, n) : Tree::chain(int(nodes)));
   for_each_dtype(params.q.dtype, [&]<class Stored>(Stored) {
-    parallel_for(params.q.size[0] * heads, cost,
-                 [&](int64_t i) { verify<Stored>(params, trees[i / heads], i / heads, i % heads); });
+    for_each_item(params.q.size[0] * heads, cost,
+                  [&](int64_t i) { verify<Stored>(params, trees[i / heads], i / heads, i % heads); });
   });
 }
 

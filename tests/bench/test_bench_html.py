@@ -112,7 +112,7 @@ def test_axes_show_whole_powers():
     assert curves._powers(2, [0.7, 1.0]) == [0.5, 1]
     assert curves._powers(2, [1.0, 1.0]) == [1, 2]
     assert [curves._fraction(x) for x in (0.125, 1.0, 16.0)] == ["1/8", "1", "16"]
-    assert [curves._binary(x) for x in (0.5, 300.0, 1024.0, 2.0**20)] == ["0.5", "300", "1k", "1024k"]
+    assert [curves.length(x) for x in (0.5, 300.0, 1024.0, 2.0**20)] == ["0.5", "300", "1k", "1M"]
 
 
 SHOW = """<!doctype html><body>%s<pre id="seen"></pre><script>
