@@ -173,7 +173,9 @@ def change(op: str, i: int, backend: Backend, values: Values, kind: str, *what: 
     elif kind == "dtype":
         values[name] = x.to(what[1]) if x.dtype != torch.bool or what[1].itemsize > 1 else x.to(torch.uint8)
     elif kind == "rank":
-        values[name] = x[None] if what[1] == "add" else x[(None,) * (6 - min(x.dim(), 6))] if what[1] == "many" else x.flatten()
+        values[name] = (
+            x[None] if what[1] == "add" else x[(None,) * (6 - min(x.dim(), 6))] if what[1] == "many" else x.flatten()
+        )
     elif kind == "payload" and x.dtype in FLOATING and x.numel():
         generator = torch.Generator().manual_seed(what[2])
         places = torch.rand(x.shape, generator=generator) < min(0.5, 2 / x.numel())
