@@ -54,7 +54,7 @@ class Guards:
 
     @contextlib.contextmanager
     def allocations(self) -> Iterator[None]:
-        """Within the context torch.empty, torch.empty_like and Tensor.new_empty hand out guarded, poisoned memory."""
+        """Within the context what makes empty tensors hands out guarded, poisoned memory."""
 
         def shape_of(size: tuple[object, ...]) -> tuple[int, ...]:
             return tuple(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
@@ -68,9 +68,17 @@ class Guards:
         def new_empty(x: Tensor, *size: object, dtype: torch.dtype | None = None, **_: object) -> Tensor:
             return self.empty(shape_of(size), dtype or x.dtype, x.device)
 
+        def new_empty_strided(
+            x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], *, dtype: torch.dtype
+        ) -> Tensor:
+            guarded = self.empty(tuple(size), dtype, x.device)
+            assert guarded.stride() == tuple(stride), "an output that is not contiguous"
+            return guarded
+
         with (
             mock.patch.object(torch, "empty", empty),
             mock.patch.object(torch, "empty_like", empty_like),
             mock.patch.object(Tensor, "new_empty", new_empty),
+            mock.patch.object(Tensor, "new_empty_strided", new_empty_strided),
         ):
             yield

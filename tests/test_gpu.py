@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -26,8 +27,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 FAMILIES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/samples.py"))
 
 
+@functools.cache
 def samples(device: str, backend: str = "cpu") -> dict[str, list[Any]]:
-    """Op name -> small valid calls, of all families, with weights packed for the backend."""
+    """Op name -> small valid calls, of all families, with weights packed for the backend. Not to be written to."""
     merged: dict[str, list[Any]] = {}
     for family in FAMILIES:
         merged |= importlib.import_module(f".{family}.samples", __package__).samples(device, backend)

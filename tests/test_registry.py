@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs a call, what is remembered between calls; instruction sets, threads and forks."""
+"""Which backend runs a call, what is remembered between calls; instruction sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch_kernels import _native, _registry, _selftest
 
 from .backends import ON_CPU, unchecked
+from .test_gpu import samples
 from .tolerance import assert_bitwise
 from .tree_attention.cases import FP8, Case
 from .tree_attention.test_attention import check
@@ -143,6 +143,18 @@ def test_a_forced_reference_does_not_warn(op: _registry.Op) -> None:
 # ---- what is checked, and what is remembered ----
 
 
+@pytest.mark.parametrize("name", sorted(_registry.OPS))
+def test_a_required_tensor_is_not_left_out(name: str) -> None:
+    """torch passes None on, which native code takes for an optional tensor that was not given."""
+    positional, keywords = samples("cpu")[name][0]
+    schema = getattr(torch.ops.kernels, name).default._schema
+    for required in [x.name for x in schema.arguments if str(x.type) == "Tensor"]:
+        arguments = [None if argument == required else x for argument, x in positional.items()]
+        if any(isinstance(x, Tensor) for x in arguments):  # else torch does not know whom to call
+            with pytest.raises(TypeError, match=f"{name}: {required} must be a tensor"):
+                ON_CPU[0](name, *arguments, **keywords)
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_index_values_are_always_checked_on_the_cpu(op: _registry.Op, enabled: bool) -> None:
     torch_kernels.set_validation(enabled)
@@ -221,7 +233,7 @@ def described(draw: st.DrawFn) -> tuple[list[Any], list[Any]]:
     """Arguments of a call, and all of them that a signature has to tell apart."""
     arguments: list[Any] = []
     description: list[Any] = []
-    for kind in draw(st.lists(st.sampled_from(["none", "int", "float", "tensor"]), max_size=3)):
+    for kind in draw(st.lists(st.sampled_from(["none", "int", "float", "text", "tensor"]), max_size=3)):
         if kind == "none":
             argument, meaning = None, None
         elif kind == "int":
@@ -229,6 +241,8 @@ def described(draw: st.DrawFn) -> tuple[list[Any], list[Any]]:
         elif kind == "float":
             argument = draw(st.sampled_from([0.0, 1.0, 2.0, 1e-320, float("inf"), float("nan")]))
             meaning = struct.pack("d", argument)
+        elif kind == "text":
+            argument = meaning = draw(st.sampled_from(["", "fast", "fast\0", "\0"]))
         else:
             dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int8, FP8]))
             shape = draw(st.lists(st.sampled_from([1, 2, 3]), max_size=3))
@@ -370,7 +384,7 @@ def test_selftest_covers_every_op_and_notices_errors(
     assert "FAIL cpu" in capsys.readouterr().out
 
 
-# ---- instruction sets, threads, processes ----
+# ---- instruction sets ----
 
 
 @pytest.fixture(params=_native.cpu.instruction_sets())
@@ -381,26 +395,6 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
     finally:
         _native.cpu.select_instruction_set(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    try:
-        yield torch.set_num_threads
-    finally:
-        torch.set_num_threads(before)
-
-
-def results_of_all() -> list[tuple[Tensor, ...]]:
-    with torch_kernels.use_backend("cpu"):
-        return [case.run(CPU)[0] for case in CASES]
-
-
-def assert_all_bitwise(actual: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> None:
-    for name, ours, theirs in zip(CASE_IDS, actual, expected, strict=True):
-        for x, y in zip(ours, theirs, strict=True):
-            assert_bitwise(name, x, y)
 
 
 def test_unknown_instruction_set() -> None:
@@ -426,49 +420,3 @@ def test_instruction_sets_in_every_dtype(
         case = Case(prefixes=(70, 0, 16), nodes=nodes, group=group, head_size=head_size, value_size=24, page=16,
                     dtype=dtype, cache_dtype=cache_dtype, tree="padded", seed=head_size)  # fmt: skip
         check(backend, case)
-
-
-def test_number_of_threads_changes_no_bit(threads: Callable[[int], None]) -> None:
-    threads(1)
-    expected = results_of_all()
-    for count in (2, 3):
-        threads(count)
-        assert_all_bitwise(results_of_all(), expected)
-
-
-@pytest.mark.parametrize("inner", [1, 2])
-def test_calls_from_several_python_threads(threads: Callable[[int], None], inner: int) -> None:
-    threads(1)
-    expected = results_of_all()
-    threads(inner)
-    for declared in _registry.OPS.values():
-        declared.dispatcher.clear()  # the first calls race to check and to remember
-    with torch_kernels.use_backend("cpu"), ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(lambda: [case.run(CPU)[0] for case in CASES]) for _ in range(8)]
-        for future in futures:
-            assert_all_bitwise(future.result(), expected)
-
-
-FORK = """
-import os, signal, sys, torch, torch_kernels
-from torch_kernels import _selftest
-parent_threads, child_threads = map(int, sys.argv[1:])
-torch.set_num_threads(parent_threads)
-case = next(case for case in _selftest.cases() if case.op == "tree_attention")
-run = lambda: case.run(torch.device("cpu"))[0]
-expected = run()
-child = os.fork()
-if child == 0:
-    signal.alarm(60)  # a deadlock ends here
-    torch.set_num_threads(child_threads)
-    os._exit(0 if all(torch.equal(x, y) for x, y in zip(run(), expected)) else 1)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not all(map(torch.equal, run(), expected)))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("parent", [1, 2])
-def test_a_forked_child_may_call(parent: int) -> None:
-    """With one thread in the child, as torch's data loaders have: OpenMP's pool does not survive a fork."""
-    result = python("-c", FORK, str(parent), "1")
-    assert result.returncode == 0, result.stderr

@@ -163,3 +163,13 @@ def test_suite(path: Path, backend: str, family: str) -> None:
     result = python(path, *command, timeout=timeout, TORCH_KERNELS_TEST_BACKENDS=backend, **profile)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fuzz(path: Path, backend: str) -> None:
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "tests/test_fuzz.py"]
+    profile = {} if NIGHTLY else {"HYPOTHESIS_PROFILE": "brief"}
+    timeout = None if NIGHTLY else 600
+    result = python(path, *command, timeout=timeout, TORCH_KERNELS_TEST_BACKENDS=backend, **profile)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    assert " passed" in result.stdout

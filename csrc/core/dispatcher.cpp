@@ -45,8 +45,7 @@ class Dispatcher {
   nb::object call(nb::args args, nb::kwargs kwargs) {
     Arguments arguments = in_schema_order(args, kwargs);
     std::string key;
-    if (!describe(arguments, key))
-      return run(*make(arguments), arguments);  // wants a gradient: allowed or not, never remembered
+    if (!describe(arguments, key)) return run(*make(arguments), arguments);  // allowed or not, never remembered
     auto found = plans_.find(key);
     if (found == plans_.end()) {
       constexpr size_t kMany = 4096;  // shapes that never repeat must not pile up
@@ -83,7 +82,8 @@ class Dispatcher {
     return all;
   }
 
-  // The call's signature. False if a tensor requires grad. Numbers and text come from torch, never of a derived type.
+  // The call's signature. False if it has none, because a tensor requires grad or is none that kernels read. Numbers
+  // and text come from torch, never of a derived type.
   static bool describe(const Arguments& arguments, std::string& key) {
     static PyObject* requires_grad = interned("requires_grad");
     auto append = [&](const auto&... values) {
@@ -98,10 +98,19 @@ class Dispatcher {
       } else if (PyLong_CheckExact(object) || PyBool_Check(object)) {
         append('i', PyLong_AsLongLong(object));
       } else if (PyUnicode_CheckExact(object)) {
-        key.append(nb::borrow<nb::str>(object).c_str()).push_back('\0');
+        Py_ssize_t length = 0;
+        const char* text = PyUnicode_AsUTF8AndSize(object, &length);
+        if (!text) throw nb::python_error();
+        append('s', length);
+        key.append(text, size_t(length));
       } else {
         if (checked(PyObject_GetAttr(object, requires_grad)).ptr() == Py_True) return false;
-        Argument a = borrow(object);
+        Argument a;
+        try {
+          a = borrow(object);
+        } catch (const std::exception&) {  // of a dtype or rank that no kernel reads: let the checks say what is wrong
+          return false;
+        }
         append('t', a.dtype, a.device_type, a.device_index, a.rank);
         key.append(reinterpret_cast<const char*>(a.size), sizeof(int64_t) * size_t(a.rank));
         key.append(reinterpret_cast<const char*>(a.stride), sizeof(int64_t) * size_t(a.rank));

@@ -2,6 +2,7 @@
 // The Python module torch_kernels._cpu.
 #include "core/bind.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/peaks.h"
 
 namespace torch_kernels {
@@ -35,6 +36,9 @@ NB_MODULE(_cpu, module) {
   });
   module.def("instruction_set", [] { return cpu::instruction_sets()[cpu::selected_index()].name; });
   module.def("select_instruction_set", &cpu::select);
+  cpu::watch_forks();
+  // For tests, whose calls are small. Returns what was set before.
+  module.def("set_worth_threads", [](int64_t operations) { return cpu::worth_threads.exchange(operations); });
   auto peak = [&](const char* name, void (*measure)(const PeakParams&, const Context&)) {
     module.def(name, [measure] {
       nb::gil_scoped_release unlocked;

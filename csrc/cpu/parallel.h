@@ -12,13 +12,21 @@
 
 namespace torch_kernels::cpu {
 
+// Waking threads is worth it for so many operations. For none in a child of a process with threads: OpenMP's pool does
+// not survive a fork, and to wait for it is to wait for ever.
+inline std::atomic<int64_t> worth_threads = 1 << 16;
+void watch_forks();
+
+inline bool on_one_thread(int64_t n, int64_t cost) {
+  return n <= 1 || n * cost < worth_threads.load(std::memory_order_relaxed) || omp_get_max_threads() == 1 ||
+         omp_in_parallel();
+}
+
 // Runs body(i) for i in [0, n), each once; the first exception is rethrown. Work is handed out as threads become free,
-// so a result must not depend on which thread computed it. `cost` is about how many operations one i takes: waking
-// threads is not worth it for a few.
+// so a result must not depend on which thread computed it. `cost` is about how many operations one i takes.
 template <class Body>
 void parallel_for(int64_t n, int64_t cost, const Body& body) {
-  constexpr int64_t kWorthThreads = 1 << 16;
-  if (n <= 1 || n * cost < kWorthThreads || omp_get_max_threads() == 1 || omp_in_parallel()) {
+  if (on_one_thread(n, cost)) {
     for (int64_t i = 0; i < n; i++) body(i);
     return;
   }
@@ -39,7 +47,6 @@ void parallel_for(int64_t n, int64_t cost, const Body& body) {
 // (n: none): it can fetch what that needs while it computes.
 template <class Make>
 void parallel_workers(int64_t n, int64_t cost, const Make& make) {
-  constexpr int64_t kWorthThreads = 1 << 16;
   std::atomic<int64_t> taken = 0;
   std::exception_ptr error;
   auto work = [&] {
@@ -47,7 +54,7 @@ void parallel_workers(int64_t n, int64_t cost, const Make& make) {
     auto take = [&] { return std::min(n, taken.fetch_add(1, std::memory_order_relaxed)); };
     for (int64_t i = take(), next = take(); i < n; i = next, next = take()) worker(i, next);
   };
-  if (n <= 1 || n * cost < kWorthThreads || omp_get_max_threads() == 1 || omp_in_parallel()) return work();
+  if (on_one_thread(n, cost)) return work();
 #pragma omp parallel
   try {
     work();
@@ -67,6 +74,7 @@ class Scratch {
     char* reserve(int64_t bytes) {
       if (bytes > capacity_) {
         memory_.reset();
+        capacity_ = 0;  // should there be no memory
         memory_.reset(static_cast<char*>(::operator new(size_t(bytes), kAlignment)));
         capacity_ = bytes;
       }

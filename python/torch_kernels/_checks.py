@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX = (torch.int32, torch.int64)
+MAX_RANK = 5  # of tensors that kernels see
 
 
 def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_kernels import _native
+from torch_kernels import _checks, _native
 
 _library = torch.library.Library("kernels", "FRAGMENT")
 
@@ -171,6 +171,7 @@ class Op:
         _library.define(self.schema)
         arguments = torch._C.parse_schema(f"kernels::{self.schema}").arguments
         self._names = [a.name for a in arguments]
+        self._required = [i for i, a in enumerate(arguments) if isinstance(a.type, torch._C.TensorType)]
         self._written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
         self._defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
         # torch leaves out the last positional arguments that equal their default, and any by keyword.
@@ -189,10 +190,17 @@ class Op:
 
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
         args = (*args, *self._positional[len(args) :], *(self._defaults | kwargs).values())
-        self._refuse_gradients(args)
-        self.check(*args)
+        self.refuse(*args)
         outputs = self.allocate(*args)
         return outputs[0] if len(outputs) == 1 else outputs or None
+
+    def refuse(self, *args: Any) -> None:
+        """Raises if this is no valid call, whatever the values inside index tensors."""
+        for i in self._required:  # torch passes None on
+            if not isinstance(args[i], Tensor):
+                _checks.fail(self.name, self._names[i], "a tensor", type(args[i]).__name__, TypeError)
+        self._refuse_gradients(args)
+        self.check(*args)
 
     def _refuse_gradients(self, args: tuple[Any, ...]) -> None:
         if not torch.is_grad_enabled():
@@ -203,8 +211,7 @@ class Op:
 
     def _prepare(self, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., None] | None, Any]:
         """A plan for calls with the signature of this one: kernel, validation, and the layouts of the outputs."""
-        self._refuse_gradients(args)
-        self.check(*args)
+        self.refuse(*args)
         backend = self.backend_for(*args)
         validate = self._validation(args)
         if backend.name == "reference" or self.sized_by_data:

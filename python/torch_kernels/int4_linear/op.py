@@ -98,8 +98,9 @@ def _check_weight(
 def _check_rows(op: str, **tensor: Tensor) -> None:
     ((name, value),) = tensor.items()
     _checks.dtype(op, DTYPES, **tensor)
-    if value.dim() == 0:
-        _checks.fail(op, name, "[..., features]", "a tensor without dimensions")
+    if not 1 <= value.dim() <= _checks.MAX_RANK:
+        expected = f"[..., features] with at most {_checks.MAX_RANK} dimensions"
+        _checks.fail(op, name, expected, f"shape {list(value.shape)}" if value.dim() else "a tensor without dimensions")
 
 
 # ---- int4_linear ----
