@@ -250,7 +250,7 @@ def refusal(declared: _registry.Op, values: Values) -> Exception | None:
     return None
 
 
-def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
+def assert_close(name: str, actual: Tensor, expected: Tensor, inputs: set[torch.dtype]) -> None:
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: {actual.dtype} {actual.shape}"
     if expected.dtype not in FLOATING:
         assert torch.equal(bits(actual), bits(expected)), f"{name}: {actual}, expected {expected}"
@@ -259,17 +259,26 @@ def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual.isfinite(), finite), f"{name}: finite at other places: {actual}, expected {expected}"
     x, y = (z.where(finite, 0).double() for z in (actual, expected))
     if y.numel():
-        bound = CLOSE[expected.dtype] * max(float(y.abs().max()), 1e-30)
+        close = max(CLOSE[dtype] for dtype in inputs | {expected.dtype} if dtype in CLOSE)
+        bound = close * max(float(y.abs().max()), 1e-3)  # arguments are about 1: less may be what cancels
         assert float((x - y).abs().max()) <= bound, f"{name}: {actual}, expected {expected}"
 
 
 def comparable(op: str, values: Values, changes: list[Change]) -> bool:
     """Whether backends must agree on the result."""
     other = {what[0] for kind, *what in changes if kind == "garbage" or what[1:] == ["expanded"]}
-    if "block_table" in other or "state_indices" in other:  # two sequences write to one place
+    places = [x[x >= 0] for n, x in values.items() if n in ("block_table", "state_indices") and isinstance(x, Tensor)]
+    if any(len(x.unique()) < x.numel() for x in places):  # two sequences write to one place
         return not any(_registry.OPS[op]._written)
     if "perm" in other:  # two columns of the weight are one of the input
         return op != "int4_linear_backward"
+    # `out` and `lse` are the other arguments' own: whether a kernel reads them or computes them again is its choice.
+    if op == "sea_attention_backward" and any(kind != "layout" for kind, *_ in changes):
+        return False
+    # Nobody asks what comes of factors that are not finite.
+    factors = [x for name, x in values.items() if name == "slopes" or isinstance(x, float)]
+    if not all(torch.as_tensor(x).isfinite().all() for x in factors):
+        return False
     # Gradients of what is not finite are not, but zeros times infinity may be left out.
     return not op.endswith("_backward") or all(
         x.isfinite().all() for x in values.values() if isinstance(x, Tensor) and x.dtype in FLOATING
@@ -313,7 +322,7 @@ def run_case(backend: Backend, op: str, i: int, changes: list[Change], guarded: 
 
     # torch compares arguments with the schema, and looks for a tensor whose device says whom to call.
     if isinstance(error, RuntimeError) and re.search(
-        rf"kernels::{op}(\(\) Expected|\.  This usually means)", str(error)
+        rf"kernels::{op}(\(\) Expected|\.  This usually means| \(.*trying to run this operator with meta)", str(error)
     ):
         return
     refused = refusal(declared, values)
@@ -334,11 +343,12 @@ def run_case(backend: Backend, op: str, i: int, changes: list[Change], guarded: 
         return
     reference = Backend("reference", backend.device, backend.dtypes)
     expected = call(reference, op, i, copies)
+    inputs = {x.dtype for x in tensors.values()}
     for j, (x, y) in enumerate(zip(outputs, expected, strict=True)):
-        assert_close(f"output {j}", x, y)
+        assert_close(f"output {j}", x, y, inputs)
     for name in on_device:
         if written[name]:
-            assert_close(name, values[name], copies[name])
+            assert_close(name, values[name], copies[name], inputs)
 
 
 def examples(backend: Backend) -> int:

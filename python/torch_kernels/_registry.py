@@ -199,6 +199,9 @@ class Op:
         for i in self._required:  # torch passes None on
             if not isinstance(args[i], Tensor):
                 _checks.fail(self.name, self._names[i], "a tensor", type(args[i]).__name__, TypeError)
+        for name, x, written in zip(self._names, args, self._written, strict=True):
+            if written and x is not None and any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True)):
+                _checks.fail(self.name, name, "without elements that share memory", f"strides {list(x.stride())}")
         self._refuse_gradients(args)
         self.check(*args)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch_kernels.sea import reference
 
 Call = tuple[dict[str, Any], dict[str, Any]]
 
@@ -31,9 +32,13 @@ def samples(device: str, backend: str = "cpu") -> dict[str, list[Call]]:
     }
     inputs = {"q": q, "k": k, "v": v}
     selection = {"cells": cells, "widths": widths}
-    returned = {"out": numbers(batch, rows, heads, value_size), "lse": numbers(batch, heads, rows)}
     grad = {"grad_out": numbers(batch, rows, heads, value_size)}
     options = {"num_cells": num_cells, "scale": 0.3, "max_columns_per_cell": 1, **gates}
+
+    def returned(**options: Any) -> dict[str, torch.Tensor]:
+        """What the forward pass gave, which its backward pass is told."""
+        return dict(zip(("out", "lse"), reference.sea_attention(**inputs, **selection, **options), strict=True))
+
     features = {n: numbers(batch, keys, heads, m).abs() for n in ("q", "k")} | {"v": v}
     states = numbers(batch, heads, m, value_size), numbers(batch, heads, m).abs()
     initial = {"initial_state": states[0], "initial_norm": states[1], "eps": 0.1}
@@ -54,8 +59,8 @@ def samples(device: str, backend: str = "cpu") -> dict[str, list[Call]]:
         "sea_select": [({"scores": scores, "widths": widths}, {"k": 2.0})],
         "sea_attention": [(inputs | selection, {"num_cells": num_cells}), (inputs | selection, options)],
         "sea_attention_backward": [
-            (grad | inputs | returned | selection, {"num_cells": num_cells}),
-            (grad | inputs | returned | selection, options),
+            (grad | inputs | returned(num_cells=num_cells) | selection, {"num_cells": num_cells}),
+            (grad | inputs | returned(**options) | selection, options),
         ],
         "sea_stretch": [({"x": scores, "widths": widths}, {"length": 6, "fill": -1.0})],
         "sea_stretch_backward": [({"grad_out": numbers(batch, heads, rows, 6), "widths": widths}, {"num_cells": 4})],

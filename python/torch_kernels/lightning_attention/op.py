@@ -78,8 +78,9 @@ def _check_sizes(op: str, dims: dict[str, int]) -> None:
     for name in ("K", "V"):
         if name in dims and (dims[name] % 8 or not 8 <= dims[name] <= MAX_HEAD_SIZE):
             _checks.fail(op, f"head size {name}", f"a multiple of 8 up to {MAX_HEAD_SIZE}", dims[name])
-    if dims["H"] == 0 or dims.get("Hq", 0) % dims["H"]:
-        _checks.fail(op, "Hq", f"a multiple of H={dims['H']}", dims.get("Hq", 0))
+    heads = dims.get("Hq", dims["H"])
+    if heads == 0 or dims["H"] == 0 or heads % dims["H"]:
+        _checks.fail(op, "Hq", f"a positive multiple of H={dims['H']}", heads)
 
 
 def _check_sequences(op: str, dims: dict[str, int], cu_seqlens: Tensor | None) -> None:

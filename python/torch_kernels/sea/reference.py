@@ -137,8 +137,9 @@ def sea_attention(
     for (b, i, h), columns in _rows(cells, widths, heads, num_cells, max_columns_per_cell, k.shape[1]):
         if len(columns):
             scores = scale * (k[b, columns, h].double() @ q[b, i, h].double())
-            context[b, i, h] = scores.softmax(0) @ v[b, columns, h].double()
-            lse[b, h, i] = scores.logsumexp(0)
+            lse[b, h, i] = total = scores.logsumexp(0)
+            if not total.isneginf():  # else the row attends to nothing
+                context[b, i, h] = scores.softmax(0) @ v[b, columns, h].double()
     if row_gain is not None:
         context = row_gain.double().transpose(1, 2)[..., None] * context
     if mix is not None and pooled is not None:

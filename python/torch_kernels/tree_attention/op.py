@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -150,8 +151,8 @@ def _check_tree_attention(
         _checks.fail(op, "Hq", f"a multiple of Hk={dims['Hk']}", dims["Hq"])
     if (k_tree is None) != (v_tree is None):
         _checks.fail(op, "k_tree and v_tree", "given together", "one of them")
-    if not softcap >= 0:
-        _checks.fail(op, "softcap", "at least 0", softcap)
+    if softcap != 0 and not torch.finfo(torch.float32).tiny <= softcap < math.inf:
+        _checks.fail(op, "softcap", "0 or a positive normal float32", softcap)
     if window < 0:
         _checks.fail(op, "window", "at least 0", window)
 
@@ -220,6 +221,9 @@ def _check_verify(op: str, draft_tokens: Any, parents: Any, uniforms: Any, **oth
     dims: dict[str, int] = {}
     _checks.shape(op, dims, draft_tokens=(draft_tokens, "B T"), parents=(parents, "B T"), **others)
     _checks.dtype(op, _checks.INDEX, draft_tokens=draft_tokens, parents=parents)
+    if dims.get("V") == 0:
+        name = next(iter(others))
+        _checks.fail(op, name, "over a vocabulary of at least one token", f"shape {list(others[name][0].shape)}")
     dims["T+1"] = dims["T"] + 1
     _checks.shape(op, dims, uniforms=(uniforms, "B T+1"))
     _checks.dtype(op, (torch.float32, torch.float64), uniforms=uniforms)
