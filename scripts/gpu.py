@@ -173,6 +173,7 @@ def build_commands(machine: Machine) -> list[list[str]]:
         settings |= {
             "CMAKE_CUDA_COMPILER": machine.tool("nvcc"),
             "TORCH_KERNELS_CUDA_ARCHITECTURES": machine.architecture(),
+            "TORCH_KERNELS_LINE_INFO": "ON",
         }
     folder, cmake = str(machine.build), machine.tool("cmake")
     return [

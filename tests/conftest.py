@@ -34,6 +34,11 @@ def pytest_report_header() -> str:
     return "backends: " + ", ".join(f"{backend.name} ({backend.device})" for backend in testing_backends())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The sanitized suites first: at the end, one worker would wait for the other to finish the longest."""
+    items.sort(key=lambda item: item.path.name != "test_sanitizers.py")
+
+
 @pytest.fixture(scope="session", params=testing_backends(), ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param

@@ -116,7 +116,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        name = backend.build_wheel(str(target), {"wheel.cmake": "false"})
+        name = backend.build_wheel(str(target), {"wheel.cmake": "false", "wheel.py-api": "py3"})
     finally:
         os.chdir(before)
     with zipfile.ZipFile(target / name) as archive:
