@@ -47,7 +47,7 @@ SCALARS: dict[type, tuple[Any, ...]] = {
 PAYLOADS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40)
 WRONG = (None, "text", 3, 0.5, [1], object)
 EXTREMES = (-(2**31), -(2**30), -1000, 100, 1000, 2**20, 2**30, 2**31 - 1)
-# What a result may differ from the reference's, relative to its largest number.
+# What a result may differ from the reference's, relative to its largest number: by the coarsest dtype of the call.
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 Values = dict[str, Any]

@@ -155,6 +155,16 @@ def test_a_required_tensor_is_not_left_out(name: str) -> None:
                 ON_CPU[0](name, *arguments, **keywords)
 
 
+@pytest.mark.parametrize("name", sorted(name for name, op in _registry.OPS.items() if any(op._written)))
+def test_what_is_written_shares_no_memory(name: str) -> None:
+    positional, keywords = samples("cpu")[name][0]
+    for written in (x for x, is_written in zip(_registry.OPS[name]._names, _registry.OPS[name]._written) if is_written):
+        shared = positional[written][:1].expand(2, *positional[written].shape[1:])
+        arguments = [shared if argument == written else x for argument, x in positional.items()]
+        with pytest.raises(ValueError, match=f"{name}: {written} must be without elements that share memory"):
+            ON_CPU[0](name, *arguments, **keywords)
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_index_values_are_always_checked_on_the_cpu(op: _registry.Op, enabled: bool) -> None:
     torch_kernels.set_validation(enabled)

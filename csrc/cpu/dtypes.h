@@ -17,6 +17,16 @@ void for_each_dtype(DType dtype, const Body& body) {
   }
 }
 
+// The same for a dtype that caches may have, too.
+template <class Body>
+void for_each_cache_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::int8: return body(int8_t{});
+    case DType::float8_e4m3: return body(Float8E4M3{});
+    default: return for_each_dtype(dtype, body);
+  }
+}
+
 // What numbers of a type are computed in.
 template <class Stored>
 using RealOf = std::conditional_t<std::is_same_v<Stored, double>, double, float>;

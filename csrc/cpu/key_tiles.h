@@ -8,6 +8,7 @@
 #include <span>
 
 #include "core/tensor.h"
+#include "cpu/dtypes.h"
 #include "cpu/simd.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
@@ -78,17 +79,9 @@ void gather_stored(const RowSource& source, int heads, int64_t first, int count,
 template <class Element>
 void gather(const RowSource& source, int heads, int64_t first, int count, int padded_count, int width, int padded_width,
             Element* to, int64_t stride) {
-  auto as = [&]<class Stored>(Stored) {
+  for_each_cache_dtype(source.tensor.dtype, [&]<class Stored>(Stored) {
     gather_stored<Stored>(source, heads, first, count, padded_count, width, padded_width, to, stride);
-  };
-  switch (source.tensor.dtype) {
-    case DType::float64: return as(double{});
-    case DType::float16: return as(Half{});
-    case DType::bfloat16: return as(BFloat16{});
-    case DType::int8: return as(int8_t{});
-    case DType::float8_e4m3: return as(Float8E4M3{});
-    default: return as(float{});
-  }
+  });
 }
 
 // Where the rows of a tile are, by key and head: in the cache itself, or copied.

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -34,22 +35,10 @@ std::vector<int64_t> accepted_nodes(const Tensor& path, const Tensor& num_accept
   return nodes;
 }
 
-template <class Call>
-void with_type(DType dtype, const Call& call) {
-  switch (dtype) {
-    case DType::float64: return call(double{});
-    case DType::float16: return call(Half{});
-    case DType::bfloat16: return call(BFloat16{});
-    case DType::int8: return call(int8_t{});
-    case DType::float8_e4m3: return call(Float8E4M3{});
-    default: return call(float{});
-  }
-}
-
 void commit(const Tensor& cache, const Tensor& tree, const Tensor& scale, const TreeCommitParams& p, int64_t b,
             int64_t head, const std::vector<int64_t>& nodes) {
-  with_type(cache.dtype, [&]<class Stored>(Stored) {
-    with_type(tree.dtype, [&]<class Source>(Source) {
+  for_each_cache_dtype(cache.dtype, [&]<class Stored>(Stored) {
+    for_each_cache_dtype(tree.dtype, [&]<class Source>(Source) {
       using Real = std::conditional_t<std::is_same_v<Source, double>, double, float>;
       for (size_t j = 0; j < nodes.size(); j++) {
         Stored* to = slot_row<Stored>(cache, p.block_table, b, p.prefix_lens.index(b) + int64_t(j), head);
@@ -74,7 +63,7 @@ void commit(const Tensor& cache, const Tensor& tree, const Tensor& scale, const 
 // Everything is read before anything is written: the moves may overlap.
 void compact(const Tensor& cache, const TreeCompactParams& p, int64_t b, int64_t head,
              const std::vector<int64_t>& nodes) {
-  with_type(cache.dtype, [&]<class Stored>(Stored) {
+  for_each_cache_dtype(cache.dtype, [&]<class Stored>(Stored) {
     int64_t prefix = p.prefix_lens.index(b), width = cache.size[3];
     std::vector<Stored> rows(nodes.size() * width);
     std::vector<char> found(nodes.size());

@@ -66,6 +66,7 @@ WRONG: list[tuple[str, int, str, Any, str]] = [
     *[(op, 0, "v", columns(2), "v") for op, _ in FORWARD],
     *[(op, 0, "k", columns(3), "k") for op, _ in FORWARD],
     *[(op, 0, "q", columns(2), "Hq") for op, _ in FORWARD],
+    ("lightning_attention_step_", 0, "q", lambda x: x[:, :0], "Hq"),
     *[(op, 0, "v", shorter, "V") for op, _ in FORWARD],
     *[(op, 1, name, change, name) for op, _ in FORWARD for name in STATES[:1]
       for change in (flat, fewer_rows, shorter, cast(F16), cast(F64))],

@@ -72,7 +72,7 @@ SHAPES_AND_DTYPES: list[tuple[str, int, str, Any, str]] = [
     ("tree_attention", 0, "v_tree", None, "v_tree"),
     ("tree_attention", 2, "sinks", shorter, "sinks"),
     ("tree_attention", 2, "sinks", cast(F64), "sinks"),
-    ("tree_attention", 2, "softcap", -1.0, "softcap"),
+    *[("tree_attention", 2, "softcap", value, "softcap") for value in (-1.0, 5e-324, float("inf"), float("nan"))],
     ("tree_attention", 2, "window", -1, "window"),
     ("tree_attention", 3, "k_scale", None, "k_scale"),
     ("tree_attention", 3, "v_scale", None, "v_scale"),
@@ -90,6 +90,7 @@ SHAPES_AND_DTYPES: list[tuple[str, int, str, Any, str]] = [
     *[("tree_verify_typical", 1, name, flat, name) for name in
       ("draft_tokens", "target_logits", "parents", "uniforms")],
     ("tree_verify_typical", 1, "target_logits", cast(I32), "target_logits"),
+    ("tree_verify_typical", 1, "target_logits", lambda x: x[:, :, :0], "target_logits"),
     ("tree_verify_typical", 1, "uniforms", shorter, "uniforms"),
     ("tree_verify_typical", 1, "uniforms", cast(I32), "uniforms"),
     ("tree_verify_typical", 0, "temperature", 0.0, "temperature"),

@@ -55,7 +55,7 @@ def tree_attention(
         v_tree: their values ``[B, T, Hk, Dv]``.
         block_table: the page of every ``page`` slots ``[B, pages]``; entries past the used pages are ignored.
         scale: multiplies the scores; None means ``1 / sqrt(D)``.
-        softcap: c above; 0 for none.
+        softcap: c above, a normal float32; 0 for none.
         window: keeps keys with ``position(q) - position(k) < window``; 0 keeps all. Positions, not slots: siblings
             stand at the same one.
         sinks: one logit per query head ``[Hq]``, float32, that takes part in the softmax without a value.
