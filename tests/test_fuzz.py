@@ -24,9 +24,9 @@ from torch import Tensor
 from torch_kernels import _checks, _registry
 
 from .backends import Backend, need, unchecked
+from .calls import own, sample, samples
 from .guards import Guards
 from .strategies import LAYOUTS, bits, lay_out, seeds
-from .test_gpu import samples
 
 CASES = 10_000  # of all ops together, on one backend, in the nightly profile
 
@@ -54,18 +54,9 @@ Values = dict[str, Any]
 Change = tuple[Any, ...]
 
 
-def own(x: Any) -> Any:
-    return bits(x).contiguous().clone().view(x.dtype) if isinstance(x, Tensor) else x
-
-
 def in_schema_order(declared: _registry.Op, values: Values) -> tuple[Any, ...]:
     defaults = dict(zip(reversed(declared._names), reversed(declared._positional + (*declared._defaults.values(),))))
     return tuple(values.get(name, defaults[name]) for name in declared._names)
-
-
-def sample(op: str, i: int, backend: Backend) -> Values:
-    positional, keywords = samples(backend.device, backend.name)[op][i]
-    return {name: own(x) for name, x in (positional | keywords).items()}
 
 
 @functools.cache

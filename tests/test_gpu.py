@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,25 +16,15 @@ from torch import Tensor
 from torch_kernels import _native, _registry
 
 from .backends import Backend, need
+from .calls import EVERY, own, sample, samples
 from .strategies import bits
 from .tolerance import assert_bitwise
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-FAMILIES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/samples.py"))
-
-
-@functools.cache
-def samples(device: str, backend: str = "cpu") -> dict[str, list[Any]]:
-    """Op name -> small valid calls, of all families, with weights packed for the backend. Not to be written to."""
-    merged: dict[str, list[Any]] = {}
-    for family in FAMILIES:
-        merged |= importlib.import_module(f".{family}.samples", __package__).samples(device, backend)
-    return merged
 
 
 OFFSETS = ("cu_seqlens", "edge_offsets", "kv_offsets", "offsets", "q_offsets")
-EVERY = [pytest.param(op, i, id=f"{op}-{i}") for op, calls in samples("cpu").items() for i in range(len(calls))]
 
 
 class Call:
@@ -46,13 +33,7 @@ class Call:
     def __init__(self, op: str, i: int, backend: Backend) -> None:
         need(backend, op)
         self.op = op
-        positional, keywords = samples(backend.device, backend.name)[op][i]
-        self.arguments = {name: self._own(x) for name, x in positional.items()}
-        self.keywords = {name: self._own(x) for name, x in keywords.items()}
-
-    @staticmethod
-    def _own(x: Any) -> Any:
-        return bits(x).contiguous().clone().view(x.dtype) if isinstance(x, Tensor) else x
+        self.arguments, self.keywords = sample(backend, op, i)
 
     def tensors(self) -> dict[str, Tensor]:
         both = self.arguments | self.keywords
@@ -63,7 +44,7 @@ class Call:
             bits(x).copy_(bits(values[name]))
 
     def values(self) -> dict[str, Tensor]:
-        return {name: self._own(x) for name, x in self.tensors().items()}
+        return {name: own(x) for name, x in self.tensors().items()}
 
     def changed(self) -> dict[str, Tensor]:
         """Other values that are as valid: every tensor in reverse order along its first dimension, the batch; offsets

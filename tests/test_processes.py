@@ -121,7 +121,8 @@ def test_a_forked_child_may_call(used: str) -> None:
 GROWTH = """
 import gc, sys, torch, torch_kernels
 from pathlib import Path
-from tests.test_gpu import Call, samples
+from tests.calls import samples
+from tests.test_gpu import Call
 from tests.backends import ON_CPU
 calls = int(sys.argv[1])
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_kernels import _native, _registry, _selftest
 
 from .backends import ON_CPU, unchecked
-from .test_gpu import samples
+from .calls import samples
 from .tolerance import assert_bitwise
 from .tree_attention.cases import FP8, Case
 from .tree_attention.test_attention import check

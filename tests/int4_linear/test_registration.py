@@ -18,32 +18,12 @@ from ..tolerance import assert_bitwise
 from .cases import Case, make
 from .samples import samples
 
-SCHEMAS = {
-    "int4_linear": "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros=None, Tensor? perm=None, Tensor? bias=None, "
-    '*, int out_features, int group_size, str mode="exact") -> Tensor',
-    "int4_linear_backward": "(Tensor grad, Tensor weight, Tensor scales, Tensor? zeros=None, Tensor? perm=None, *, "
-    "int in_features, int group_size) -> Tensor",
-}
-
-
-@pytest.mark.parametrize("op", SCHEMAS)
-def test_schema(op: str) -> None:
-    assert str(getattr(torch.ops.kernels, op).default._schema) == f"kernels::{op}{SCHEMAS[op]}"
-
 
 def test_signature() -> None:
     assert str(inspect.signature(torch_kernels.int4_linear)).startswith(
         "(x: 'Tensor', w: 'Int4Weight', bias: 'Tensor | None' = None, mode: 'str' = 'exact')"
     )
     assert "arXiv" in torch_kernels.int4_linear.__doc__
-
-
-@pytest.mark.parametrize("op", SCHEMAS)
-@pytest.mark.parametrize("i", range(4))
-def test_opcheck(any_backend: Backend, op: str, i: int) -> None:
-    positional, keywords = samples(any_backend.device, any_backend.name)[op][i]
-    with any_backend.forced():
-        torch.library.opcheck(getattr(torch.ops.kernels, op).default, tuple(positional.values()), keywords)
 
 
 def test_arguments_may_be_left_out(any_backend: Backend) -> None:

@@ -149,6 +149,9 @@ def lightning_attention_backward(
     Returns:
         grad_q, grad_k, grad_v and grad_slopes, each as what it belongs to (of slopes summed over batch and tokens), and
         grad_initial_state ``[N, H, K, V]``, ``[0, H, K, V]`` when there was no initial state.
+
+    Raises:
+        ValueError, TypeError: as :func:`lightning_attention`.
     """
     return _op.lightning_attention_backward(
         grad_out, q, k, v, slopes, grad_final_state=grad_final_state, initial_state=initial_state,
@@ -188,6 +191,9 @@ def simple_gla_backward(
     Returns:
         grad_q, grad_k, grad_v and grad_g, each as what it belongs to, and grad_initial_state ``[N, H, K, V]``,
         ``[0, H, K, V]`` when there was no initial state.
+
+    Raises:
+        ValueError, TypeError: as :func:`simple_gla`.
     """
     return _op.simple_gla_backward(
         grad_out, q, k, v, g, grad_final_state=grad_final_state, initial_state=initial_state, cu_seqlens=cu_seqlens,

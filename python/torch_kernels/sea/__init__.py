@@ -135,6 +135,9 @@ def linear_attention_backward(
     Returns:
         grad_q, grad_k and grad_v, each as what it belongs to, and grad_initial_state ``[B, H, m, Dv]`` and
         grad_initial_norm ``[B, H, m]``, of B = 0 when there was no initial state.
+
+    Raises:
+        ValueError, TypeError: as :func:`linear_attention`.
     """
     return _op.linear_attention_backward(
         grad_out, q, k, v, grad_state=grad_state, grad_norm=grad_norm, causal=causal, initial_state=initial_state,
@@ -266,6 +269,9 @@ def sea_attention_backward(
     Returns:
         grad_q, grad_k, grad_v, grad_row_gain, grad_mix and grad_pooled, each as what it belongs to; those of absent
         arguments are empty (``[0]``).
+
+    Raises:
+        ValueError, TypeError: as :func:`sea_attention`.
     """
     return _op.sea_attention_backward(
         grad_out, q, k, v, out, lse, cells, widths, num_cells=num_cells, scale=scale,
@@ -304,6 +310,9 @@ def sea_stretch_backward(grad_out: Tensor, widths: Tensor, *, num_cells: int) ->
 
     Returns:
         ``[B, H, Tq, K]`` in grad_out's dtype.
+
+    Raises:
+        ValueError, TypeError: as :func:`sea_stretch`.
     """
     return _op.sea_stretch_backward(grad_out, widths, num_cells=num_cells)
 

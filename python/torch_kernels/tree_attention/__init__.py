@@ -90,6 +90,10 @@ def tree_mask(parents: Tensor) -> Tensor:
 
     Returns:
         bool ``[B, T, T]``; rows and columns of padding nodes are false.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong device, dtype, shape or value. Trees are checked on the CPU, and
+            on CUDA under :func:`torch_kernels.set_validation`.
     """
     return _op.tree_mask(parents)
 
@@ -103,6 +107,10 @@ def tree_positions(parents: Tensor, prefix_lens: Tensor) -> Tensor:
 
     Returns:
         int32 ``[B, T]``; 0 for padding nodes.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong device, dtype, shape or value. Trees are checked on the CPU, and
+            on CUDA under :func:`torch_kernels.set_validation`.
     """
     return _op.tree_positions(parents, prefix_lens)
 
@@ -128,6 +136,10 @@ def tree_verify_greedy(draft_tokens: Tensor, target_tokens: Tensor, parents: Ten
             (``num_accepted + 1`` are valid).
 
         A row without a root gives -1, 0 and -1.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong device, dtype, shape or value. Trees are checked on the CPU, and
+            on CUDA under :func:`torch_kernels.set_validation`.
     """
     return _op.tree_verify_greedy(draft_tokens, target_tokens, parents)
 
@@ -161,6 +173,10 @@ def tree_verify_typical(
 
     Returns:
         path, num_accepted and tokens as :func:`tree_verify_greedy`.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong device, dtype, shape or value. Trees are checked on the CPU, and
+            on CUDA under :func:`torch_kernels.set_validation`.
 
     Cai et al., *Medusa*, arXiv 2401.10774, section 2.3.1.
     """
@@ -201,6 +217,10 @@ def tree_verify_sampling(
 
     Returns:
         path, num_accepted and tokens as :func:`tree_verify_greedy`.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong device, dtype, shape or value. Trees are checked on the CPU, and
+            on CUDA under :func:`torch_kernels.set_validation`.
 
     Miao et al., *SpecInfer*, arXiv 2305.09781, algorithm 2; without replacement: Chen et al., *Sequoia*,
     arXiv 2402.12374.
@@ -263,7 +283,16 @@ def tree_compact_kv_(
     The slots of the tree behind the path are unspecified afterwards; nothing else changes. No key needs rotating: a
     node of depth j was computed for position ``prefix + j``, where it ends up.
 
-    Arguments as :func:`tree_commit_kv_`; caches of any dtype.
+    Args:
+        k_cache: keys ``[B, S, Hk, D]`` or pages ``[P, page, Hk, D]`` of any dtype, changed in place.
+        v_cache: values, the same with Dv.
+        prefix_lens: committed tokens before this step ``[B]``.
+        path: node ids from the root ``[B, T]``, as the ``tree_verify_*`` functions return them.
+        num_accepted: ``[B]``; a row whose path starts with -1 is skipped.
+        block_table: pages of each sequence ``[B, pages]``.
+
+    Raises:
+        ValueError, TypeError: bad arguments, before anything is written.
     """
     _op.tree_compact_kv_(k_cache, v_cache, prefix_lens, path, num_accepted, block_table=block_table)
 
@@ -282,5 +311,8 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
     Returns:
         out in out_a's dtype, and lse, float32.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong device, dtype or shape.
     """
     return _op.merge_attention_states(out_a, lse_a, out_b, lse_b)
