@@ -47,6 +47,10 @@ def sample(backend: Backend, op: str, i: int) -> tuple[dict[str, Any], dict[str,
     return {name: own(x) for name, x in positional.items()}, {name: own(x) for name, x in keywords.items()}
 
 
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return () if results is None else (results,) if isinstance(results, Tensor) else tuple(results)
+
+
 @contextlib.contextmanager
 def on(backend: Backend, op: str) -> Iterator[None]:
     """On this backend; where it has no kernel for the op, on the one that has."""

@@ -13,7 +13,7 @@ import torch_kernels
 from torch import Tensor
 
 from .backends import Backend
-from .calls import EVERY, OPS, call, on, sample
+from .calls import EVERY, OPS, as_tuple, call, on, sample
 from .tolerance import assert_bitwise
 
 SCHEMAS = Path(__file__).with_name("data") / "schemas.txt"
@@ -25,10 +25,6 @@ NOT_PUBLIC = ("graph_attention_backward", "int4_linear_backward", "int8_linear_b
 
 def schema(op: str) -> Any:
     return getattr(torch.ops.kernels, op).default._schema
-
-
-def as_tuple(x: Any) -> tuple[Any, ...]:
-    return () if x is None else (x,) if isinstance(x, Tensor) else tuple(x)
 
 
 def test_schemas_are_those_that_saved_programs_call() -> None:

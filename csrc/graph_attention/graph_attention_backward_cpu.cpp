@@ -169,18 +169,7 @@ class Backward {
   }
 
   static void columns_of(const Element* rows, int width, Unit* columns) {
-    const Unit* units = reinterpret_cast<const Unit*>(rows);
-    int row_units = width / kPack;
-#if defined(__AVX512BW__)
-    if constexpr (kPack > 1) {
-      for (int r = 0; r < kBlockRows; r += 16)
-        for (int c = 0; c < row_units; c += 16)
-          transpose(units + r * row_units + c, row_units, columns + c * kBlockRows + r, kBlockRows);
-      return;
-    }
-#endif
-    for (int r = 0; r < kBlockRows; r++)
-      for (int c = 0; c < row_units; c++) columns[c * kBlockRows + r] = units[r * row_units + c];
+    transpose_units(reinterpret_cast<const Unit*>(rows), width / kPack, columns, kBlockRows, kBlockRows, width / kPack);
   }
 
   // Rows as the right operand of a product along them: pairs of rows, or the rows as they are.
@@ -321,9 +310,7 @@ class Backward {
                             load_vector(tile.grads + (key + 1) * kBlockRows + c));
       left = by_key;
       if constexpr (kMultipliesTiles<Unit>) {
-        for (int c = 0; c < kBlockRows; c += 16)
-          for (int pair = 0; pair < count / 2; pair += 16)
-            transpose(by_key + pair * kBlockRows + c, kBlockRows, by_row + c * kPairStride + pair, kPairStride);
+        transpose_units(by_key, kBlockRows, by_row, kPairStride, count / 2, kBlockRows);
         left = by_row, left_stride = kPairStride;
       }
     }
@@ -449,12 +436,7 @@ class Backward {
 }  // namespace
 
 void graph_attention_backward(const GraphAttentionBackwardParams& params) {
-  switch (params.q.dtype) {
-    case DType::float64: return Backward<double>(params).run();
-    case DType::float16: return Backward<Half>(params).run();
-    case DType::bfloat16: return Backward<BFloat16>(params).run();
-    default: return Backward<float>(params).run();
-  }
+  for_each_dtype(params.q.dtype, [&]<class Query>(Query) { Backward<Query>(params).run(); });
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

@@ -280,12 +280,7 @@ class Forward {
 
 void graph_attention(const GraphAttentionParams& params) {
   if (params.out.elements() == 0 && params.lse.elements() == 0) return;
-  switch (params.q.dtype) {
-    case DType::float64: return Forward<double>(params).run();
-    case DType::float16: return Forward<Half>(params).run();
-    case DType::bfloat16: return Forward<BFloat16>(params).run();
-    default: return Forward<float>(params).run();
-  }
+  for_each_dtype(params.q.dtype, [&]<class Query>(Query) { Forward<Query>(params).run(); });
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

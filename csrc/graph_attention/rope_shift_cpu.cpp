@@ -3,9 +3,9 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 #include "graph_attention/rotation.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
@@ -52,12 +52,7 @@ void shift(const RopeShiftParams& p) {
 
 void rope_shift(const RopeShiftParams& params) {
   if (params.out.elements() == 0) return;
-  switch (params.k.dtype) {
-    case DType::float64: return shift<double, double>(params);
-    case DType::float16: return shift<Half, float>(params);
-    case DType::bfloat16: return shift<BFloat16, float>(params);
-    default: return shift<float, float>(params);
-  }
+  for_each_dtype(params.k.dtype, [&]<class Stored>(Stored) { shift<Stored, RealOf<Stored>>(params); });
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

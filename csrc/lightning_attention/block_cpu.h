@@ -208,22 +208,6 @@ inline void store_row(const CarefulUnit<Stored>* from, Stored* to, int count) {
 
 // ---- operands ----
 
-// to[c][r] = from[r][c] for units; rows and columns are multiples of 16.
-template <class Unit>
-inline void transpose_units(const Unit* from, int64_t from_row, Unit* to, int64_t to_row, int64_t rows,
-                            int64_t columns) {
-#if defined(__AVX512BW__)
-  if constexpr (sizeof(Unit) == 4) {
-    for (int64_t r = 0; r < rows; r += 16)
-      for (int64_t c = 0; c < columns; c += 16)
-        transpose(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
-    return;
-  }
-#endif
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < columns; c++) to[c * to_row + r] = from[r * from_row + c];
-}
-
 // A matrix [K, columns] as the right operand of a product over its rows.
 template <class Unit>
 struct Right {

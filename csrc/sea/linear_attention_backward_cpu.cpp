@@ -37,7 +37,7 @@ class Backward {
   void run() {
     // The state and the norm, the former transposed.
     load_state(p.initial_state, b, h, 0, values, v.stride, features, state);
-    transpose_rows(state, v.stride, turned_state, k.stride, k.stride, v.stride);
+    transpose_units(state, v.stride, turned_state, k.stride, k.stride, v.stride);
     load_norm(p.initial_norm, b, h, features, norm);
     if (!p.causal) walk([&](int64_t t, int64_t count) { return advance(t, count); }, false);
     walk([&](int64_t t, int64_t count) { return of_queries(t, count); }, false);
@@ -132,7 +132,7 @@ class Backward {
   bool of_keys(int64_t t, int64_t count) {
     if (!load(t, count)) return false;
     divide(t, count);
-    transpose_rows(state, v.stride, turned_state, k.stride, k.stride, v.stride);
+    transpose_units(state, v.stride, turned_state, k.stride, k.stride, v.stride);
     multiply_state<false>(k, state, grad_values, count);
     multiply_state<false>(v, turned_state, grad_features, count);
     for (int64_t i = 0; i < count; i++) add_scaled(norm, Real(1), grad_features.row(i), k.stride);

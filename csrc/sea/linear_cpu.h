@@ -23,22 +23,6 @@ inline Real sum_of_lanes(Vector<Real> lanes) {
   return sum;
 }
 
-// to[c][r] = from[r][c]; both have room for whole 16s.
-template <class Real>
-inline void transpose_rows(const Real* from, int64_t from_stride, Real* to, int64_t to_stride, int64_t rows,
-                           int64_t columns) {
-#if defined(__AVX512BW__)
-  if constexpr (std::is_same_v<Real, float>) {
-    for (int64_t r = 0; r < rows; r += 16)
-      for (int64_t c = 0; c < columns; c += 16)
-        transpose(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-    return;
-  }
-#endif
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < columns; c++) to[c * to_stride + r] = from[r * from_stride + c];
-}
-
 // A block's rows of one head, [kBlock][padded(width)], zero beyond what there is.
 template <class Stored>
 struct Rows {
@@ -75,7 +59,7 @@ struct Rows {
 // right's transpose, [stride][kBlock].
 template <class Stored, class Real = RealOf<Stored>>
 void lower_products(const Rows<Stored>& left, const Rows<Stored>& right, Real* turned, Real* products, int64_t tokens) {
-  transpose_rows(right.data, right.stride, turned, kBlock, padded(tokens), right.stride);
+  transpose_units(right.data, right.stride, turned, kBlock, padded(tokens), right.stride);
   for (int64_t i = 0; i < tokens; i += kGroup) {
     int64_t rows = std::min(kGroup, tokens - i);
     matmul<false, true>(left.row(i), left.stride, turned, kBlock, products + i * kBlock, kBlock, int(rows),

@@ -3,9 +3,9 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 #include "tree_attention/params.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
@@ -44,12 +44,7 @@ void merge(const MergeStatesParams& p) {
 }  // namespace
 
 void merge_attention_states(const MergeStatesParams& p) {
-  switch (p.out.dtype) {
-    case DType::float64: return merge<double, double>(p);
-    case DType::float16: return merge<Half, float>(p);
-    case DType::bfloat16: return merge<BFloat16, float>(p);
-    default: return merge<float, float>(p);
-  }
+  for_each_dtype(p.out.dtype, [&]<class Stored>(Stored) { merge<Stored, RealOf<Stored>>(p); });
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

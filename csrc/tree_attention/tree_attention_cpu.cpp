@@ -2,10 +2,10 @@
 // Tree attention on the CPU: split-KV flash attention in which all query rows of a key/value head (tree nodes times
 // grouped heads) share each key tile. Prefix tiles need no mask; the tree's own keys are masked by ancestor bits built
 // once per sequence.
+#include "core/tree.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "tree_attention/params.h"
-#include "core/tree.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
@@ -252,12 +252,7 @@ class Forward {
 
 void tree_attention(const TreeAttentionParams& params) {
   if (params.out.elements() == 0 && params.lse.elements() == 0) return;
-  switch (params.q.dtype) {
-    case DType::float64: return Forward<double>(params).run();
-    case DType::float16: return Forward<Half>(params).run();
-    case DType::bfloat16: return Forward<BFloat16>(params).run();
-    default: return Forward<float>(params).run();
-  }
+  for_each_dtype(params.q.dtype, [&]<class Query>(Query) { Forward<Query>(params).run(); });
 }
 
 }  // namespace torch_kernels::cpu::TORCH_KERNELS_ISA

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ancestor masks and positions from parents.
+#include "core/tree.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "tree_attention/params.h"
-#include "core/tree.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/tree.h"
+#include "cpu/dtypes.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 #include "tree_attention/params.h"
-#include "core/tree.h"
 
 namespace torch_kernels::cpu::TORCH_KERNELS_ISA {
 namespace {
@@ -50,19 +50,6 @@ void write_result(const TreeVerifyOutputs& to, const Tensor& draft_tokens, const
   }
 }
 
-double read(const Tensor& x, int64_t b, int64_t t, int64_t v) {
-  switch (x.dtype) {
-    case DType::float64: return *x.at<const double>(b, t, v);
-    case DType::float16: return to_float(*x.at<const Half>(b, t, v));
-    case DType::bfloat16: return to_float(*x.at<const BFloat16>(b, t, v));
-    default: return *x.at<const float>(b, t, v);
-  }
-}
-
-double uniform(const Tensor& uniforms, int64_t b, int64_t i) {
-  return uniforms.dtype == DType::float64 ? *uniforms.at<const double>(b, i) : *uniforms.at<const float>(b, i);
-}
-
 using Distribution = std::vector<double>;
 
 double total(const Distribution& p) {
@@ -81,7 +68,7 @@ void normalise(Distribution& p) {
 void read_distribution(const Tensor& probs, int64_t b, int64_t t, Distribution& p) {
   p.resize(probs.size[2]);
   for (size_t v = 0; v < p.size(); v++) {
-    double x = read(probs, b, t, v);
+    double x = number_at(probs, b, t, v);
     p[v] = x > 0 ? x : 0;
   }
   normalise(p);
@@ -118,7 +105,7 @@ void tree_verify_typical(const TreeVerifyTypicalParams& p) {
     probs.resize(vocabulary);
     double highest = -std::numeric_limits<double>::infinity();
     for (int64_t v = 0; v < vocabulary; v++) {
-      probs[v] = read(p.target_logits, b, node, v) / p.temperature;
+      probs[v] = number_at(p.target_logits, b, node, v) / p.temperature;
       highest = std::max(highest, probs[v]);
     }
     for (double& x : probs) x = std::exp(x - highest);
@@ -154,12 +141,12 @@ void tree_verify_typical(const TreeVerifyTypicalParams& p) {
       Distribution probs;
       softmax(b, last, probs);
       for (double& x : probs) x = x > 0 ? x : 0;
-      next = inverse_cdf(probs, uniform(p.uniforms, b, nodes));
+      next = inverse_cdf(probs, number_at(p.uniforms, b, nodes));
     } else if (last >= 0 && vocabulary > 0) {
       next = 0;
       double highest = -std::numeric_limits<double>::infinity();
       for (int64_t v = 0; v < vocabulary; v++) {
-        double x = read(p.target_logits, b, last, v);
+        double x = number_at(p.target_logits, b, last, v);
         if (x > highest) highest = x, next = v;
       }
     }
@@ -181,7 +168,7 @@ void tree_verify_sampling(const TreeVerifySamplingParams& p) {
     for (int c = 1; c < tree.nodes() && last >= 0; c++) {
       int64_t x = p.draft_tokens.index(b, c);
       if (tree.depth[c] <= 0 || tree.parent[c] != last || x < 0 || x >= vocabulary) continue;
-      double u = uniform(p.uniforms, b, c);
+      double u = number_at(p.uniforms, b, c);
       if ((p.draft_probs ? u * q[x] : u) < r[x]) {
         arrive(last = c);
         continue;
@@ -202,7 +189,7 @@ void tree_verify_sampling(const TreeVerifySamplingParams& p) {
       }
     }
     write_result(p.outputs, p.draft_tokens, tree, b, last,
-                 last < 0 ? -1 : inverse_cdf(r, uniform(p.uniforms, b, tree.nodes())));
+                 last < 0 ? -1 : inverse_cdf(r, number_at(p.uniforms, b, tree.nodes())));
   });
 }
 
