@@ -2,6 +2,7 @@
 // Graph-KV attention of single tokens: notes sources and splits, picks the kernel for the dtype, then joins the splits
 // of those tokens that have several.
 #include "core/error.h"
+#include "cuda/dtypes.cuh"
 #include "graph_attention/decode.cuh"
 #include "graph_attention/kernels.h"
 
@@ -185,12 +186,7 @@ void cuda::graph_attention(const GraphAttentionParams& params, const Context& co
   tables.splits_before = tables.segments + most;
   for (plan.first_token = 0; plan.first_token < tokens; plan.first_token += plan.tokens) {
     plan.tokens = int(std::min(most, tokens - plan.first_token));
-    if (p.q.dtype == DType::float16)
-      decode<__half>(p, plan, tables, partials, context.stream);
-    else if (p.q.dtype == DType::bfloat16)
-      decode<__nv_bfloat16>(p, plan, tables, partials, context.stream);
-    else
-      decode<float>(p, plan, tables, partials, context.stream);
+    for_each_dtype(p.q.dtype, [&]<class T>(T) { decode<T>(p, plan, tables, partials, context.stream); });
   }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Moves rotated keys to other positions. A thread turns two channel pairs of a token, for all heads.
+#include "cuda/dtypes.cuh"
 #include "cuda/launch.cuh"
 #include "graph_attention/kernels.h"
 #include "graph_attention/rotation.cuh"
@@ -47,13 +48,8 @@ void cuda::rope_shift(const RopeShiftParams& p, const Context& context) {
   if (p.out.elements() == 0) return;
   int64_t size = size_of(p.k.dtype), blocks = (p.k.size[0] * (p.k.size[2] / 4) + 255) / 256;
   bool aligned = copy_width(uint64_t(p.k.data) | uint64_t(p.k.stride[0] | p.k.stride[1]) * size) >= 2 * size;
-  auto start = [&](auto kernel) { launch(kernel, blocks, dim3(256), 0, context.stream, p, aligned); };
-  if (p.k.dtype == DType::float16)
-    start(rope_shift_kernel<__half>);
-  else if (p.k.dtype == DType::bfloat16)
-    start(rope_shift_kernel<__nv_bfloat16>);
-  else
-    start(rope_shift_kernel<float>);
+  for_each_dtype(p.k.dtype,
+                 [&]<class T>(T) { launch(rope_shift_kernel<T>, blocks, dim3(256), 0, context.stream, p, aligned); });
 }
 
 }  // namespace torch_kernels

@@ -5,6 +5,7 @@
 // steps of 16, for which a lane's 16 bytes of the packed weight decode to four A operands. Those hold W by rows of
 // features, so each of their 8x8 tiles is transposed in registers. Scales differ along the sum here: weights are scaled
 // before the product and rounded to grad's dtype, as W.to(dtype) would be.
+#include "cuda/dtypes.cuh"
 #include "int4_linear/decode.cuh"
 #include "int4_linear/kernels.h"
 #include "int4_linear/prepare.cuh"
@@ -266,12 +267,7 @@ namespace cuda {
 void int4_linear_backward(const Int4LinearBackwardParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   if (p.out.elements() == 0) return;
-  if (p.out.dtype == DType::float16)
-    run<__half>(p, context);
-  else if (p.out.dtype == DType::bfloat16)
-    run<__nv_bfloat16>(p, context);
-  else
-    run<float>(p, context);
+  for_each_dtype(p.out.dtype, [&]<class T>(T) { run<T>(p, context); });
 }
 
 }  // namespace cuda

@@ -5,7 +5,7 @@
 #include "cpu/isa.h"
 #include "int4_linear/params.h"
 
-#define INT4_LINEAR_KERNELS(X)      \
+#define INT4_LINEAR_KERNELS(X)     \
   X(int4_linear, Int4LinearParams) \
   X(int4_linear_backward, Int4LinearBackwardParams)
 

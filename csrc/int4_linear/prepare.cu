@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "int4_linear/prepare.cuh"
 
+#include "cuda/dtypes.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 
@@ -77,16 +78,10 @@ void gather_columns(void* to, const Tensor& x, const Tensor& perm, int64_t row0,
 void quantise_columns(int8_t* to, float* scales, const Tensor& x, const Tensor& perm, int64_t row0, int64_t rows,
                       int64_t width, int group_shift, int64_t scale_stride, void* stream) {
   unsigned blocks = blocks_of(width, 4 * (16 << group_shift));
-  auto run = [&](auto* kernel) {
-    launch(kernel, rows * blocks, dim3(128), 0, stream, to, scales, x, perm, row0, width, group_shift, scale_stride,
-           blocks);
-  };
-  if (x.dtype == DType::float16)
-    run(quantise_columns_kernel<__half>);
-  else if (x.dtype == DType::bfloat16)
-    run(quantise_columns_kernel<__nv_bfloat16>);
-  else
-    run(quantise_columns_kernel<float>);
+  for_each_dtype(x.dtype, [&]<class T>(T) {
+    launch(quantise_columns_kernel<T>, rows * blocks, dim3(128), 0, stream, to, scales, x, perm, row0, width,
+           group_shift, scale_stride, blocks);
+  });
 }
 
 }  // namespace torch_kernels

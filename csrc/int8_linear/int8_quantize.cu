@@ -3,6 +3,7 @@
 // outliers, so there are two kernels; for a few rows one, whose blocks all look at all rows.
 #include <algorithm>
 
+#include "cuda/dtypes.cuh"
 #include "int8_linear/kernels.h"
 #include "int8_linear/quantize.cuh"
 #include "int8_linear/rows.cuh"
@@ -206,7 +207,7 @@ void launch_quantize_rows(QuantizeRows p, const Context& context) {
 }  // namespace
 
 void quantize_rows(const QuantizeRows& work, const Context& context) {
-  with_element(work.x.dtype, [&]<class T>() { launch_quantize_rows<T>(work, context); });
+  for_each_dtype(work.x.dtype, [&]<class T>(T) { launch_quantize_rows<T>(work, context); });
 }
 
 namespace cuda {

@@ -9,17 +9,6 @@
 
 namespace torch_kernels {
 
-// run<T>() for the element type of activations.
-template <class Run>
-void with_element(DType dtype, Run&& run) {
-  if (dtype == DType::float16)
-    run.template operator()<__half>();
-  else if (dtype == DType::bfloat16)
-    run.template operator()<__nv_bfloat16>();
-  else
-    run.template operator()<float>();
-}
-
 inline bool aligned_to(const Tensor& rows, uint64_t bytes) {
   uint64_t stride = rows.size[0] > 1 ? uint64_t(rows.stride[0] * size_of(rows.dtype)) : 0;
   return (reinterpret_cast<uint64_t>(rows.data) | stride) % bytes == 0;

@@ -103,15 +103,4 @@ struct StateSlice {
   }
 };
 
-// run<T>() for the element type of queries, keys and values.
-template <class Run>
-void with_element(DType dtype, Run&& run) {
-  if (dtype == DType::float16)
-    run.template operator()<__half>();
-  else if (dtype == DType::bfloat16)
-    run.template operator()<__nv_bfloat16>();
-  else
-    run.template operator()<float>();
-}
-
 }  // namespace torch_kernels

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One token per sequence, and the tokens that verification accepted: the state is read once and written once.
+#include "cuda/dtypes.cuh"
 #include "lightning_attention/kernels.h"
 #include "lightning_attention/state_slice.cuh"
 
@@ -78,7 +79,7 @@ void lightning_step(const LightningStepParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   SliceGrid grid(p.state);
   bool aligned = rows_aligned(p.q, 16) && rows_aligned(p.k, 16) && rows_aligned(p.v, 16);
-  with_element(p.q.dtype, [&]<class T>() {
+  for_each_dtype(p.q.dtype, [&]<class T>(T) {
     launch(step_kernel<T>, grid.blocks(p.q.size[0]), dim3(unsigned(grid.threads)), size_t(grid.threads) * 2 * 4,
            context.stream, p, grid, aligned);
   });
@@ -88,7 +89,7 @@ void lightning_commit(const LightningCommitParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   SliceGrid grid(p.state);
   bool aligned = rows_aligned(p.k, 16) && rows_aligned(p.v, 16);
-  with_element(p.k.dtype, [&]<class T>() {
+  for_each_dtype(p.k.dtype, [&]<class T>(T) {
     launch(commit_kernel<T>, grid.blocks(p.k.size[0]), dim3(unsigned(grid.threads)), 0, context.stream, p, grid,
            aligned);
   });

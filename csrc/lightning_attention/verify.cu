@@ -9,6 +9,7 @@
 // values. A walk counts its steps, which is the difference of depths, and what it does not meet has no influence.
 #include "lightning_attention/verify.cuh"
 
+#include "cuda/dtypes.cuh"
 #include "lightning_attention/kernels.h"
 
 namespace torch_kernels {
@@ -144,7 +145,7 @@ void lightning_verify(const LightningVerifyParams& p, const Context& context) {
   bool aligned = rows_aligned(p.q, 16) && rows_aligned(p.k, 16);
   int64_t rows = p.q.size[1] * (p.q.size[2] / grid.heads), row_blocks = (rows + kBlockRows - 1) / kBlockRows;
   VerifyShared shared(grid.threads / 32, int(p.q.size[1]));
-  with_element(p.q.dtype, [&]<class T>() {
+  for_each_dtype(p.q.dtype, [&]<class T>(T) {
     launch(verify_kernel<T>, grid.blocks(p.q.size[0] * row_blocks), dim3(unsigned(grid.threads)), size_t(shared.bytes),
            context.stream, p, grid, int(row_blocks), aligned);
   });

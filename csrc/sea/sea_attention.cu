@@ -2,6 +2,7 @@
 // Attention to gathered columns, for few rows. A block has one row of one head. It expands the cells that the row keeps
 // into lists of columns, and its groups of lanes share the lists' keys: each group has a softmax state of its own, and
 // they are joined in order at the end.
+#include "cuda/dtypes.cuh"
 #include "cuda/floats.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/pack.cuh"
@@ -126,16 +127,10 @@ void cuda::sea_attention(const SeaAttentionParams& p, const Context& context) {
   int64_t size = std::max(p.q.size[3], p.v.size[3]), blocks = p.q.size[0] * p.q.size[1] * p.q.size[2];
   int lanes = size <= 64 ? 8 : size <= 128 ? 16 : 32;
   bool aligned = rows_aligned(p.q) && rows_aligned(p.k) && rows_aligned(p.v);
-  auto start = [&](auto kernel) {
-    launch(kernel, dim3(unsigned(blocks)), dim3(kRowThreads), AttentionShared::kBytes, context.stream, p, lanes,
-           aligned);
-  };
-  if (p.q.dtype == DType::float16)
-    start(attention_kernel<__half>);
-  else if (p.q.dtype == DType::bfloat16)
-    start(attention_kernel<__nv_bfloat16>);
-  else
-    start(attention_kernel<float>);
+  for_each_dtype(p.q.dtype, [&]<class T>(T) {
+    launch(attention_kernel<T>, dim3(unsigned(blocks)), dim3(kRowThreads), AttentionShared::kBytes, context.stream, p,
+           lanes, aligned);
+  });
 }
 
 }  // namespace torch_kernels

@@ -2,6 +2,7 @@
 // The highest scores of each row, over all its heads, by radix select. A block has one row. Scores become integers of
 // the same order, whose digits are counted from the highest on: each count tells which digit the last score to keep
 // has, and how many of those that share it are still wanted. What remains are ties, of which the first are kept.
+#include "cuda/dtypes.cuh"
 #include "cuda/launch.cuh"
 #include "sea/kernels.h"
 
@@ -132,18 +133,12 @@ void cuda::sea_select(const SeaSelectParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   int64_t total = p.scores.size[1] * p.scores.size[3];
   double wanted = double(p.scores.size[1]) * p.k * double(p.scores.size[3]);
-  auto start = [&]<class T>(T) {
+  for_each_dtype(p.scores.dtype, [&]<class T>(T) {
     size_t cached = SelectShared::kKeys + size_t(total) * sizeof(T);
     bool fits = cached <= shared_memory_limit(context.device);
     launch(fits ? select_kernel<T, true> : select_kernel<T, false>, dim3(unsigned(p.widths.elements())), dim3(kThreads),
            fits ? cached : size_t(SelectShared::kKeys), context.stream, p, wanted);
-  };
-  if (p.scores.dtype == DType::float16)
-    start(__half());
-  else if (p.scores.dtype == DType::bfloat16)
-    start(__nv_bfloat16());
-  else
-    start(float());
+  });
 }
 
 }  // namespace torch_kernels

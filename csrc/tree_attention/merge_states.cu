@@ -2,6 +2,7 @@
 // Joins attention over two disjoint key sets. One warp per row.
 #include <math.h>
 
+#include "cuda/dtypes.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 #include "tree_attention/kernels.h"
@@ -36,13 +37,9 @@ __global__ void __launch_bounds__(128) merge_states_kernel(MergeStatesParams p) 
 void cuda::merge_attention_states(const MergeStatesParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   int64_t rows = p.out.size[0] * p.out.size[1] * p.out.size[2];
-  auto start = [&](auto kernel) { launch(kernel, dim3(unsigned((rows + 3) / 4)), dim3(128), 0, context.stream, p); };
-  if (p.out.dtype == DType::float16)
-    start(merge_states_kernel<__half>);
-  else if (p.out.dtype == DType::bfloat16)
-    start(merge_states_kernel<__nv_bfloat16>);
-  else
-    start(merge_states_kernel<float>);
+  for_each_dtype(p.out.dtype, [&]<class T>(T) {
+    launch(merge_states_kernel<T>, dim3(unsigned((rows + 3) / 4)), dim3(128), 0, context.stream, p);
+  });
 }
 
 }  // namespace torch_kernels

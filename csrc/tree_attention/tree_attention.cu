@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tree attention: picks the kernel for the dtypes, then joins the splits of those sequences that have several.
 #include "core/error.h"
+#include "cuda/dtypes.cuh"
 #include "tree_attention/kernels.h"
 #include "tree_attention/work.cuh"
 
@@ -58,12 +59,7 @@ void tree_attention(const TreeAttentionParams& p, const Context& context) {
   if (p.out.elements() == 0) return;
   TreeAttentionPlan plan = make_plan(p);
   Partials partials(context, partial_rows(p, plan), p.v_cache.size[3]);
-  if (p.q.dtype == DType::float16)
-    run<__half>(p, plan, partials, context.stream);
-  else if (p.q.dtype == DType::bfloat16)
-    run<__nv_bfloat16>(p, plan, partials, context.stream);
-  else
-    run<float>(p, plan, partials, context.stream);
+  for_each_dtype(p.q.dtype, [&]<class T>(T) { run<T>(p, plan, partials, context.stream); });
 }
 
 }  // namespace cuda

@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "cuda/dtypes.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 #include "tree_attention/kernels.h"
@@ -121,12 +122,7 @@ namespace cuda {
 
 void tree_commit_kv(const TreeCommitParams& p, const Context& context) {
   DeviceGuard guard(context.device);
-  if (p.k_tree.dtype == DType::float16)
-    commit<__half>(p, context.stream);
-  else if (p.k_tree.dtype == DType::bfloat16)
-    commit<__nv_bfloat16>(p, context.stream);
-  else
-    commit<float>(p, context.stream);
+  for_each_dtype(p.k_tree.dtype, [&]<class T>(T) { commit<T>(p, context.stream); });
 }
 
 void tree_compact_kv(const TreeCompactParams& p, const Context& context) {

@@ -4,6 +4,7 @@
     python -m tests.aot.resources              compile everything, print the table
     python -m tests.aot.resources --update     and write it to tests/aot/resources.json
     python -m tests.aot.resources --update tree_attention     of these ops only
+    python -m tests.aot.resources --update --changed          of sources only that are not those of the table
 
 One entry per kernel and architecture: registers per thread; stack bytes; local memory instructions (spills); shared
 memory in bytes; tensor-core instructions by opcode. Triton kernels come from ``aot_cases(arch)`` of each op's
@@ -219,19 +220,24 @@ def write_table(entries) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="write tests/aot/resources.json")
+    parser.add_argument("--changed", action="store_true", help="leave out sources that the table knows")
     parser.add_argument("ops", nargs="*", help="ops to compile (default: all)")
     arguments = parser.parse_args()
+    table, sources = read_table(), triton_sources() | cuda_sources()
+    known = {entry["source"] for entry in table} & set(sources.values()) if arguments.changed else set()
 
     def chosen(kernel: str) -> bool:
-        return not arguments.ops or kernel.startswith(tuple(f"{op}{end}" for op in arguments.ops for end in " /"))
+        return not arguments.ops or re.split("[ /]", kernel)[0] in arguments.ops
 
     jobs = [(label, job) for label, job in (*triton_jobs(), *cuda_jobs()) if chosen(label)]
+    jobs = [(label, job) for label, job in jobs if sources[label.split(" ")[0]] not in known]
     entries = collect(jobs, os.cpu_count(), lambda job: print("compiled", job, file=sys.stderr, flush=True))
     for entry in entries:
         numbers = "{arch:8} {registers:4} registers {stack:6} stack {local:4} local {shared:7} shared".format(**entry)
         print(f"{numbers}  {entry['kernel']}  {entry['mma']}")
     if arguments.update:
-        write_table(sort([*entries, *(entry for entry in read_table() if not chosen(entry["kernel"]))]))
+        kept = [entry for entry in table if not chosen(entry["kernel"]) or entry["source"] in known]
+        write_table(sort([*entries, *kept]))
 
 
 if __name__ == "__main__":
