@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._numbers import weighted_sum
+
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
     """Rotary embedding: x ``[T, H, D]``, float32 or float64, as its tokens look at ``positions [T]``."""
@@ -141,20 +143,10 @@ def graph_attention(
         all_scores, visible = torch.cat(scores, -1), torch.cat([source.visible for source in seen], -1)
         row_lse = torch.logsumexp(all_scores, -1)
         weights = torch.softmax(all_scores, -1).masked_fill(row_lse[..., None] == -math.inf, 0)
-        row_out = _weighted_sum(weights, visible, torch.cat(values, 1))
+        row_out = weighted_sum(weights, visible, torch.cat(values, 1))
         out[place] = row_out.transpose(0, 1).to(q.dtype)
         lse[:, place] = row_lse.to(torch.float32)
     return out, lse
-
-
-def _weighted_sum(weights: Tensor, visible: Tensor, values: Tensor) -> Tensor:
-    """``weights @ values`` in which a NaN or infinity reaches only the rows that see it (0 * NaN would reach all)."""
-    total = weights @ values.masked_fill(~values.isfinite(), 0)
-    for special in (math.nan, math.inf, -math.inf):
-        where = values.isnan() if math.isnan(special) else values == special
-        hit = visible.to(values.dtype) @ where.to(values.dtype) > 0
-        total = total + torch.where(hit, special, 0.0)
-    return total
 
 
 def _product(weights: Tensor, visible: Tensor, values: Tensor) -> Tensor:

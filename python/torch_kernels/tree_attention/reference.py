@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._numbers import weighted_sum
+
 QUANTISED_LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
@@ -108,21 +110,11 @@ def tree_attention(
         row_lse = torch.logsumexp(scores, dim=-1, keepdim=True)
         weights = torch.softmax(scores, dim=-1).masked_fill(row_lse == -math.inf, 0)[..., :-1]
 
-        row_out = _weighted_sum(weights, visible.repeat(group, 1), values.transpose(0, 1))
+        row_out = weighted_sum(weights, visible.repeat(group, 1), values.transpose(0, 1))
         row_out = row_out.reshape(query_heads, nodes, value_size)
         out[b] = row_out.transpose(0, 1).to(q.dtype)
         lse[b] = row_lse.reshape(query_heads, nodes).to(torch.float32)
     return out, lse
-
-
-def _weighted_sum(weights: Tensor, visible: Tensor, values: Tensor) -> Tensor:
-    """``weights @ values`` in which a NaN or infinity reaches only the rows that see it (0 * NaN would reach all)."""
-    total = weights @ values.masked_fill(~values.isfinite(), 0)
-    for special in (math.nan, math.inf, -math.inf):
-        where = values.isnan() if math.isnan(special) else values == special
-        hit = visible.to(values.dtype) @ where.to(values.dtype) > 0
-        total = total + torch.where(hit, special, 0.0)
-    return total
 
 
 def _capacity(cache: Tensor, block_table: Tensor | None) -> int:
