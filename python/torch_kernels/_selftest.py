@@ -20,7 +20,8 @@ FAMILIES = sorted(file.parent.name for file in Path(__file__).parent.glob("*/sel
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``run()`` returns its result and the truth (tensors in float64, or exact), both as tuples."""
+    """One call. ``run(device)`` returns its result and the truth (tensors in float64, or exact), both as tuples. It is
+    ``partial(function, op, arguments, ..)``: tests take the arguments, by name, from there."""
 
     op: str
     description: str
