@@ -34,6 +34,7 @@ wheel: $(VENV)/ready  ## a checked wheel for this platform in dist/, with CUDA k
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) -m mypy
 
 # An editable install: Python from the checkout, compiled modules beside it. Unchanged sources are not compiled again.
