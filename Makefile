@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ISAS ?= native
+FAMILIES := $(patsubst csrc/%/kernels.h,%,$(wildcard csrc/*/kernels.h))
 BUILD := -Ccmake.define.TORCH_KERNELS_EMULATOR=ON -Ccmake.define.TORCH_KERNELS_CUDA=OFF -Ccmake.define.TORCH_KERNELS_CPU_ISAS="$(ISAS)"
 
 .PHONY: demo test bench gpu docs wheel build lint clean
@@ -17,12 +18,7 @@ test: build lint  ## the whole suite
 
 bench: build  ## the benchmarks of every op, written to bench/results/<machine>/
 	$(RUN) bench/overhead.py --json
-	$(RUN) bench/tree_attention.py --json --plot
-	$(RUN) bench/graph_attention.py --json --plot
-	$(RUN) bench/int4_linear.py --json --plot
-	$(RUN) bench/int8_linear.py --json --plot
-	$(RUN) bench/lightning_attention.py --json --plot
-	$(RUN) bench/sea.py --json --plot
+	set -e; for family in $(FAMILIES); do $(RUN) bench/$$family.py --json --plot; done
 
 gpu: $(VENV)/ready  ## everything worth doing on a GPU: build, tests, sanitizers, benchmarks
 	$(RUN) scripts/gpu.py
@@ -38,6 +34,7 @@ wheel: $(VENV)/ready  ## a checked wheel for this platform in dist/, with CUDA k
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning attention over sequences of a thousand to a million tokens, its gradients, and decoding over a pool of
-states.
+"""Lightning attention from a thousand to a million tokens, its gradients, and decoding.
 
 Peers get the layout they like best and decays that are ready. Where a peer has a chunk size, the fastest is picked on
 the first tokens of the same inputs.

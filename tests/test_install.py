@@ -120,6 +120,18 @@ def test_workflows() -> None:
         assert all((ROOT / script).exists() for script in re.findall(r"scripts/\w+\.py", text))
 
 
+def test_wheels_of_a_release_have_names_of_their_own() -> None:
+    """A file's name is version and platform; PyPI gets one for each platform, and every wheel is tested."""
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text(encoding="utf-8"))["jobs"]
+    built, tested = (jobs[name]["strategy"]["matrix"]["include"] for name in ("build", "test"))
+    assert len({(variant["runner"], variant["local"]) for variant in built}) == len(built)
+    public = [variant["runner"] for variant in built if not variant["local"]]
+    assert sorted(public) == sorted({variant["runner"] for variant in built})
+    runners = {variant["name"]: variant["runner"] for variant in built}
+    assert {variant["wheel"]: variant["runner"] for variant in tested} == runners
+
+
 def run(*command: str | Path, folder: Path, **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "TRITON_INTERPRET"}
     result = subprocess.run(

@@ -8,7 +8,7 @@ import contextlib
 import gc
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,12 +84,16 @@ def measure(op: str, cases: Iterable[Case], options: argparse.Namespace, command
         peers=tuple(options.peers.split(",")) if options.peers is not None else None,
     )
     kind = options.device.partition(":")[0]
-    cases = [
-        case for case in cases if kind in case.devices and any(part in case.name for part in options.cases.split(","))
-    ]
+    cases = [case for case in cases if kind in case.devices]
+    names = ", ".join(case.name for case in cases) or "none"
+    cases = [case for case in cases if any(part in case.name for part in options.cases.split(","))]
     if not cases:
-        print(f"{op}: no case matches {options.cases!r} on {options.device}", file=sys.stderr)
+        print(f"{op}: no case matches {options.cases!r} on {options.device}; there are {names}", file=sys.stderr)
         return None
+    offered = list(dict.fromkeys(name for case in cases for name in case.peers))
+    if unknown := [name for name in settings.peers or () if name and name not in ("all", *offered)]:
+        peers_offered = ", ".join(offered) or "none"
+        print(f"{op}: no peer {', '.join(unknown)} in these cases; there are {peers_offered}", file=sys.stderr)
 
     run = record.describe(
         op,
@@ -225,18 +229,49 @@ def _copies(case: Case, inputs: Inputs, contenders: int, settings: Settings) -> 
     return max(1, min(wanted, affordable, 1000))
 
 
+def device(text: str) -> str:
+    """For argparse: a device that is there."""
+    kind, colon, index = text.partition(":")
+    if text == "cpu":
+        return text
+    if kind != "cuda" or bool(colon) != index.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda[:index]")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"torch {torch.__version__} sees {count or 'no'} GPU{'s' * (count > 1)}")
+    return text
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """For argparse: a number above 0."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
+    return number
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What to measure, and how."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:index]")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=here, help="cpu or cuda[:index]")
     parser.add_argument("--cases", default="", metavar="A,B", help="only cases whose name contains one of these")
     parser.add_argument("--peers", metavar="A,B", help="only these peers; 'all' adds the slow ones, '' runs none")
-    parser.add_argument("--time", type=float, metavar="S", help="seconds per case, all contenders together (default 4)")
+    parser.add_argument(
+        "--time", type=positive(float), metavar="S", help="seconds per case, all contenders together (default 4)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="half a second and at least 5 rounds per case: for trying, not for keeping"
     )
     parser.add_argument("--hot", action="store_true", help="one copy of the inputs: they may stay in the cache")
-    parser.add_argument("--memory", type=float, default=2.0, metavar="GB", help="budget for rotated inputs (default 2)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--memory", type=positive(float), default=2.0, metavar="GB", help="budget for rotated inputs (default 2)"
+    )
+    parser.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--repro", action="store_true", help="print the command and environment that repeat this run, and stop"
     )

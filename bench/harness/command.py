@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from presets import MODELS, find
 from . import cli, html, record
 from .case import Case
 
-OPS = ("tree_attention", "graph_attention", "int4_linear", "int8_linear", "lightning_attention", "sea")
+HERE = Path(__file__).resolve().parents[1]
+# A benchmark of an op makes cases.
+OPS = tuple(sorted(f.stem for f in HERE.glob("*.py") if "\ndef cases()" in f.read_text(encoding="utf-8")))
 PROGRAM = "python -m torch_kernels bench"
 EXAMPLES = f"""\
 examples:
@@ -46,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         presets = [find(name) for name in (options.preset or "").split(",") if name]
     except KeyError as unknown_preset:
         parser.error(unknown_preset.args[0])
+    if not options.repro:
+        _require_writable(parser, "--json", options.json, folder=options.json and options.json.suffix != ".json")
+        _require_writable(parser, "--html", options.html)
 
     runs: list[dict[str, Any]] = []
     code = 0
@@ -66,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code |= cli.failed(run)
         # After each op, so that a long run that is interrupted has something to show.
         if options.json:
-            path = options.json if options.json.suffix == ".json" else options.json / f"{op}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            record.write(run, path)
+            record.write(run, options.json if options.json.suffix == ".json" else options.json / f"{op}.json")
         if options.html:
             _write_report(runs, options.html)
     if options.html and runs:
@@ -89,6 +93,7 @@ def listing() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage="%(prog)s [op ...] [options]",
         description="Measures ops against their floor on this machine and against what else does the same.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,16 +118,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _require_writable(parser: argparse.ArgumentParser, option: str, path: Path | None, folder: bool = False) -> None:
+    """Makes the folder of what will be written, so that no long run ends in vain."""
+    if path is None:
+        return
+    place = path if folder else path.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"{option}: {place} cannot be made: {problem.strerror}")
+    if not folder and path.is_dir():
+        parser.error(f"{option}: {path} is a folder")
+    if not os.access(place, os.W_OK):
+        parser.error(f"{option}: no permission to write into {place}")
+
+
 def _report_saved(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.ops or not options.html:
         parser.error("--from takes --html and no ops")
     files = [file for path in options.saved for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
     try:
         runs = [run for run in map(_load, files) if run]
-    except (OSError, ValueError) as problem:
+    except OSError as problem:
+        parser.error(f"{problem.filename}: {problem.strerror}")
+    except ValueError as problem:
         parser.error(str(problem))
     if not runs:
-        parser.error("no results there")
+        parser.error(f"no results in {', '.join(map(str, options.saved))}")
+    _require_writable(parser, "--html", options.html)
     _write_report(runs, options.html)
     print(f"report: {options.html}")
     return 0
@@ -130,12 +153,14 @@ def _report_saved(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def _load(path: Path) -> dict[str, Any] | None:
     """None where a JSON file holds something else."""
-    run = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{path} is no JSON: {problem}") from problem
     return run if isinstance(run, dict) and run.get("format") == record.FORMAT and "cases" in run else None
 
 
 def _write_report(runs: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html.render(runs), encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ import argparse
 import platform
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -30,9 +31,13 @@ def info() -> int:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         print(f"Which backend serves an op on {device}, and why not another:")
+        alike: dict[tuple[str, ...], list[str]] = {}
         for op in _registry.OPS.values():
             serving, reasons = op.service(torch.device(device))
-            print(f"  {op.name:24} {serving:10} {'; '.join(f'{name}: {why}' for name, why in reasons.items())}")
+            alike.setdefault((serving, *(f"{name}: {why}" for name, why in reasons.items())), []).append(op.name)
+        for (serving, *others), names in alike.items():
+            print(f"  {serving} ({'; '.join(others)})" if others else f"  {serving}")
+            print(textwrap.fill(", ".join(names), 100, initial_indent="    ", subsequent_indent="    "))
     return 0
 
 

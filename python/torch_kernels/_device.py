@@ -190,7 +190,7 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise GpuUnavailable(
-            "GPU facts need cuda-python, which is not installed: pip install 'torch-kernels[gpu]'"
+            "facts need cuda-python, which is not installed: pip install 'torch-kernels[gpu]'"
         ) from error
     try:
         (status,) = driver.cuInit(0)

@@ -268,6 +268,8 @@ class Op:
                 return backend
             reasons[backend.name] = reason
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it does not implement the op"
+        if _State.forced not in BACKENDS:  # from the environment
+            why = f"there are {', '.join(BACKENDS)}"
         raise CannotServe(f"{self.name}: backend {_State.forced!r} cannot serve this call ({why})")
 
     def serving(self, device: torch.device) -> list[str]:

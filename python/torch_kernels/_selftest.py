@@ -3,28 +3,25 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_kernels import _registry
-from torch_kernels.graph_attention import selftest as graph_attention
-from torch_kernels.int4_linear import selftest as int4_linear
-from torch_kernels.int8_linear import selftest as int8_linear
-from torch_kernels.lightning_attention import selftest as lightning_attention
-from torch_kernels.sea import selftest as sea
-from torch_kernels.tree_attention import selftest as tree_attention
 
-FAMILIES = (tree_attention, graph_attention, int4_linear, int8_linear, lightning_attention, sea)
+FAMILIES = sorted(file.parent.name for file in Path(__file__).parent.glob("*/selftest.py"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``run()`` returns its result and the truth (tensors in float64, or exact), both as tuples."""
+    """One call. ``run(device)`` returns its result and the truth (tensors in float64, or exact), both as tuples. It is
+    ``partial(function, op, arguments, ..)``: tests take the arguments, by name, from there."""
 
     op: str
     description: str
@@ -45,7 +42,7 @@ def error_of(got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 
 def cases() -> Iterator[Case]:
     for family in FAMILIES:
-        for arguments in family.cases():
+        for arguments in importlib.import_module(f"torch_kernels.{family}.selftest").cases():
             yield Case(*arguments)
 
 

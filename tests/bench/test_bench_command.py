@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -42,8 +43,7 @@ def test_alone_it_lists_ops_and_presets(capsys):
 
 
 def test_every_benchmark_of_an_op_is_offered():
-    files = [path.stem for path in (ROOT / "bench").glob("*.py") if "def cases()" in path.read_text(encoding="utf-8")]
-    assert sorted(files) == sorted(command.OPS)
+    assert sorted(command.OPS) == sorted(path.parent.name for path in (ROOT / "csrc").glob("*/kernels.h"))
 
 
 @pytest.mark.parametrize("op", command.OPS)
@@ -74,12 +74,22 @@ def test_shapes_are_whole():
         assert model.head_size % 8 == 0, name
 
 
-def test_what_cannot_be_done_is_said(capsys):
-    assert "no benchmark of softmax; there are tree_attention" in refusal(["softmax"], capsys)
+def test_what_cannot_be_done_is_said(capsys, tmp_path):
+    assert "no benchmark of softmax; there are graph_attention" in refusal(["softmax"], capsys)
     assert "no preset 'gpt-9'; there are llama2-7b" in refusal(["sea", "--preset", "gpt-9"], capsys)
     assert "--json needs a folder" in refusal(["sea", "int4_linear", "--json", "one.json"], capsys)
     assert "--from takes --html" in refusal(["--from", "somewhere"], capsys)
-    assert "No such file" in refusal(["--from", "nowhere.json", "--html", "x.html"], capsys)
+    assert "nowhere.json: No such file" in refusal(["--from", "nowhere.json", "--html", "x.html"], capsys)
+    (file := tmp_path / "file.json").write_text("no results")
+    assert f"{file} is no JSON" in refusal(["--from", str(file), "--html", "x.html"], capsys)
+    assert f"{file} cannot be made" in refusal(["sea", "--html", str(file / "x.html")], capsys)
+    assert f"{tmp_path} is a folder" in refusal(["sea", "--html", str(tmp_path)], capsys)
+    assert f"{file / 'x'} cannot be made" in refusal(["sea", "--json", str(file / "x")], capsys)
+    assert "'tpu' is neither cpu nor cuda[:index]" in refusal(["sea", "--device", "tpu"], capsys)
+    assert re.search(r"torch .* sees (no|\d+) GPU", refusal(["sea", "--device", "cuda:99"], capsys))
+    assert "argument --threads: 0 is not above 0" in refusal(["sea", "--threads", "0"], capsys)
+    assert command.main(["sea", "--device", "cpu", "--cases", "nothing"]) == 1
+    assert "sea: no case matches 'nothing' on cpu; there are layer-t1024-fp32, " in capsys.readouterr().err
     assert command.main(["sea", "--preset", "llama3-8b"]) == 1
     assert "sea: nothing to measure for llama3-8b" in capsys.readouterr().err
 
@@ -93,12 +103,14 @@ def test_repro_names_the_program(capsys, monkeypatch):
 
 
 def test_a_preset_is_measured_and_reported(quick, tmp_path, capsys):
-    wanted = ["int4_linear", "tree_attention", "--preset", "qwen3-0.6b", "--cases", "qkv-m1-,qkv-m4-", "--peers", ""]
+    wanted = ["int4_linear", "tree_attention", "--preset", "qwen3-0.6b", "--cases", "qkv-m1-,qkv-m4-", "--peers", "x"]
     report = tmp_path / "report.html"
     assert command.main([*wanted, *quick, "--json", str(tmp_path / "results"), "--html", str(report)]) == 0
     run = json.loads((tmp_path / "results" / "int4_linear.json").read_text(encoding="utf-8"))
     assert list(run["cases"]) == ["qwen3-0.6b-qkv-m1-exact-bf16", "qwen3-0.6b-qkv-m4-exact-bf16"]
-    assert "tree_attention: no case matches" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "tree_attention: no case matches" in said
+    assert "int4_linear: no peer x in these cases; there are dense-bf16, " in said
     text = report.read_text(encoding="utf-8")
     assert "qwen3-0.6b-qkv-m4-exact-bf16" in text
     assert run["command"] in text
