@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels, and the CUDA kernels in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The modules are built into build/sanitize and kept there; a first build takes minutes. It has one instruction set: AVX2,
-which other tests do not run where there is a better one; nightly the best that runs here. torch's memory comes from the
-sanitizer's allocator, so a kernel that reads or writes one element past a tensor is reported.
+The modules are built into build/sanitize and kept there; a first build takes minutes. By default it has one instruction
+set: AVX2, which other tests do not run where there is a better one; nightly all that run here. torch's memory comes from
+the sanitizer's allocator, so a kernel that reads or writes one element past a tensor is reported.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ CXX = os.environ.get("CXX", "c++")
 CUDA_HEADERS = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 BACKENDS = ["cpu", *(["emulator"] if any((home / "include" / "cuda_fp16.h").exists() for home in CUDA_HEADERS) else [])]
+
+BEST = _native.cpu.instruction_set()
+EVERY_ISA = list(dict.fromkeys(("generic", "avx2", BEST))) if BEST != "generic" else ["generic"]
+ISAS = EVERY_ISA if NIGHTLY else EVERY_ISA[:2][-1:]
+TARGETS = [*({"TORCH_KERNELS_TEST_BACKENDS": "cpu", "TORCH_KERNELS_CPU_ISA": isa} for isa in ISAS)]
+TARGETS += [{"TORCH_KERNELS_TEST_BACKENDS": backend} for backend in BACKENDS[1:]]
 
 if platform.system() != "Linux" or not all(map(shutil.which, (CXX, "nice"))):
     pytest.skip("sanitizers are run on Linux with a compiler only", allow_module_level=True)
@@ -47,8 +53,6 @@ def tool(name: str) -> str:
 
 
 def build() -> None:
-    best = _native.cpu.instruction_set()
-    isa = best if NIGHTLY or best == "generic" else "avx2"
     nanobind = subprocess.run([sys.executable, "-m", "nanobind", "--cmake_dir"], capture_output=True, text=True)
     if nanobind.returncode:
         pytest.skip("no nanobind")
@@ -58,7 +62,7 @@ def build() -> None:
         "Python_EXECUTABLE": sys.executable,
         "nanobind_DIR": nanobind.stdout.strip(),
         "TORCH_KERNELS_SANITIZE": "address,undefined",
-        "TORCH_KERNELS_CPU_ISAS": isa,
+        "TORCH_KERNELS_CPU_ISAS": ";".join(ISAS),
         "TORCH_KERNELS_CUDA": "OFF",
         "TORCH_KERNELS_EMULATOR": "ON" if "emulator" in BACKENDS else "OFF",
     }
@@ -150,9 +154,12 @@ LONG = tuple(
 FAMILIES = sorted(folder.name for folder in (ROOT / "csrc").iterdir() if (folder / "kernels.h").exists())
 
 
+on_every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: "-".join(target.values()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_suite(path: Path, backend: str, family: str) -> None:
+@on_every_target
+def test_suite(path: Path, target: dict[str, str], family: str) -> None:
     ignored = [f"--ignore=tests/{family}/test_{name}.py" for name in LEFT_OUT]
     # A sanitizer ends the process; what it says would be lost in what pytest captures of a file descriptor.
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", f"tests/{family}", *ignored]
@@ -160,16 +167,16 @@ def test_suite(path: Path, backend: str, family: str) -> None:
         command += [f"--deselect={test}" for test in LONG]
     profile = {} if NIGHTLY else {"HYPOTHESIS_PROFILE": "brief"}
     timeout = None if NIGHTLY else 600
-    result = python(path, *command, timeout=timeout, TORCH_KERNELS_TEST_BACKENDS=backend, **profile)
+    result = python(path, *command, timeout=timeout, **target, **profile)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     assert " passed" in result.stdout
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_fuzz(path: Path, backend: str) -> None:
+@on_every_target
+def test_fuzz(path: Path, target: dict[str, str]) -> None:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "tests/test_fuzz.py"]
     profile = {} if NIGHTLY else {"HYPOTHESIS_PROFILE": "brief"}
     timeout = None if NIGHTLY else 600
-    result = python(path, *command, timeout=timeout, TORCH_KERNELS_TEST_BACKENDS=backend, **profile)
+    result = python(path, *command, timeout=timeout, **target, **profile)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     assert " passed" in result.stdout

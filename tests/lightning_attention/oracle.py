@@ -50,15 +50,16 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None,
     q, k, v, g = (x.to(F64) for x in (q, k, v, g))
     group = q.shape[1] // k.shape[1]
     state = k.new_zeros((*k.shape[1:], v.shape[2])) if state is None else state.to(F64)
-    outs = []
-    for t in range(len(q)):
-        reset = (g[t] == -math.inf)[:, None, None]
-        factor = torch.where(g[t] == -math.inf, 0.0, g[t]).exp()[:, None, None]
-        state = torch.where(reset, 0.0, factor * torch.where(reset, 0.0, state)) + torch.einsum(
-            "hk,hv->hkv", k[t], v[t]
-        )
-        outs.append(scale * torch.einsum("hk,hkv->hv", q[t], state.repeat_interleave(group, 0)))
-    return (torch.stack(outs) if outs else q.new_zeros((0, q.shape[1], v.shape[2]))), state
+    reset = (g == -math.inf)[:, :, None, None]
+    factors = torch.where(reset, 0.0, g[:, :, None, None]).exp()
+    added = torch.einsum("thk,thv->thkv", k, v)
+    states = []
+    for one_reset, factor, one in zip(reset, factors.unbind(), added.unbind(), strict=True):
+        state = torch.where(one_reset, 0.0, factor * torch.where(one_reset, 0.0, state)) + one
+        states.append(state)
+    if not states:
+        return q.new_zeros((0, q.shape[1], v.shape[2])), state
+    return scale * torch.einsum("thk,thkv->thv", q, torch.stack(states).repeat_interleave(group, 1)), state
 
 
 def attention(**arguments: Any) -> tuple[Tensor, Tensor]:
@@ -79,23 +80,23 @@ def chunked(
         else state.repeat_interleave(group, 0)
     )
     state, outs = state.to(wide), []
-    for start in range(0, q.shape[1], chunk):
-        i = slice(start, min(start + chunk, q.shape[1]))
-        reset = g[:, i] == -math.inf
+    chunks = zip(*(x.split(chunk, 1) for x in (q, k, v, g)), strict=True) if q.shape[1] else ()
+    for one_q, one_k, one_v, one_g in chunks:
+        reset = one_g == -math.inf
         # Summed in float64 where float32 would lose everything: that is not what sets the tolerance.
-        kept_g = torch.where(reset, 0.0, g[:, i])
+        kept_g = torch.where(reset, 0.0, one_g)
         total = (kept_g if kept_g.min() > -20 else kept_g.double().clamp(min=-2000)).cumsum(1)
         segment = reset.cumsum(1)
         visible = (segment[:, :, None] == segment[:, None, :]).tril()
         decay = torch.where(visible, total[:, :, None] - total[:, None, :], -math.inf).exp().to(wide)
-        scores = ((q[:, i] @ k[:, i].mT).to(wide) * decay * scale).to(dtype)
-        inside = (scores @ v[:, i]).to(wide)
+        scores = ((one_q @ one_k.mT).to(wide) * decay * scale).to(dtype)
+        inside = (scores @ one_v).to(wide)
         seen = (segment == 0)[:, :, None]
-        before = (q[:, i] @ state.to(dtype)).to(wide) * total.exp().to(wide)[:, :, None] * scale
+        before = (one_q @ state.to(dtype)).to(wide) * total.exp().to(wide)[:, :, None] * scale
         outs.append((inside + torch.where(seen, before, 0.0)).to(dtype))
         entering = torch.where(segment == segment[:, -1:], total[:, -1:] - total, -math.inf).exp().to(wide)[:, :, None]
         kept = torch.where(reset.any(1), 0.0, total[:, -1].exp()).to(wide)[:, None, None]
-        added = ((k[:, i].to(wide) * entering).to(dtype).mT @ v[:, i]).to(wide)
+        added = ((one_k.to(wide) * entering).to(dtype).mT @ one_v).to(wide)
         state = torch.where(kept == 0, 0.0, kept * state) + added
     heads = len(q) // group
     out = torch.cat(outs, 1).movedim(1, 0) if outs else q.new_zeros((0, len(q), v.shape[2]))
