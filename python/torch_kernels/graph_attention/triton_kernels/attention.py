@@ -181,8 +181,9 @@ def graph_attention_kernel(
 
         # Whole tiles, those of SOURCES sources at a time; the last of them are the own segment's.
         for block in range(0, tl.maximum(tl.cdiv(source_end - source, SOURCES), 1)):
+            first_source = source + block * SOURCES
             first_key, in_segment, first, until, _, from_, to = load_sources(
-                lists, list_stride, source + block * SOURCES, source_end, begin, end, source_full, FULL_KEY
+                lists, list_stride, first_source, source_end, begin, end, source_full, FULL_KEY
             )  # fmt: skip
             for step in tl.range(from_, to, num_stages=STAGES):
                 own = step >= source_full
@@ -218,8 +219,9 @@ def graph_attention_kernel(
         # What remains of the sources, then of the own segment, where each row sees another number of keys.
         own_key = own_begin + own_full * BLOCK_N
         for block in range(0, tl.maximum(tl.cdiv(t_source_end - t_source, SOURCES), 1)):
+            first_source = t_source + block * SOURCES
             first_key, in_segment, first, until, key_end, from_, to = load_sources(
-                lists, list_stride, t_source + block * SOURCES, t_source_end, t_begin, t_end, source_tail, TAIL_KEY
+                lists, list_stride, first_source, t_source_end, t_begin, t_end, source_tail, TAIL_KEY
             )  # fmt: skip
             for step in tl.range(from_, to, num_stages=TAIL_STAGES):
                 own = step >= source_tail

@@ -12,17 +12,18 @@ from .rotation import pair_columns, turn_of
 
 @triton.jit
 def load_halves(
-    k, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr
+    x, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr
 ):
+    """[rows, BLOCK / 2] twice; zero where a row does not exist and beyond SIZE. Without MASKED all rows exist."""
     pair = tl.arange(0, BLOCK // 2)
     first, second = pair_columns(pair, SIZE, INTERLEAVED)
     if MASKED or SIZE < BLOCK:
         mask = exists[:, None] & (pair < SIZE // 2)[None, :]
-        a = tl.load(k + offset[:, None] + first[None, :], mask=mask, other=0.0)
-        b = tl.load(k + offset[:, None] + second[None, :], mask=mask, other=0.0)
+        a = tl.load(x + offset[:, None] + first[None, :], mask=mask, other=0.0)
+        b = tl.load(x + offset[:, None] + second[None, :], mask=mask, other=0.0)
     else:
-        a = tl.load(k + offset[:, None] + first[None, :])
-        b = tl.load(k + offset[:, None] + second[None, :])
+        a = tl.load(x + offset[:, None] + first[None, :])
+        b = tl.load(x + offset[:, None] + second[None, :])
     return a, b
 
 
@@ -31,13 +32,10 @@ def load_turned_halves(
     q, offset, exists, token, turns, delta,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """The halves of a tile of queries, turned where ROPE, rounded once."""
-    pair = tl.arange(0, BLOCK // 2)
-    first, second = pair_columns(pair, SIZE, INTERLEAVED)
-    mask = exists[:, None] & (pair < SIZE // 2)[None, :]
-    a = tl.load(q + offset[:, None] + first[None, :], mask=mask, other=0.0)
-    b = tl.load(q + offset[:, None] + second[None, :], mask=mask, other=0.0)
+    """Of a tile of queries, turned where ROPE, rounded once."""
+    a, b = load_halves(q, offset, exists, SIZE, BLOCK, INTERLEAVED, True)
     if ROPE:
+        pair = tl.arange(0, BLOCK // 2)
         c, s = turn_of(token, exists, turns, delta, pair, SIZE, True)
         x = (a * c - b * s).to(a.dtype)
         b = (a * s + b * c).to(a.dtype)

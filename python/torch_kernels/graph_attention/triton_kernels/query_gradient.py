@@ -135,8 +135,9 @@ def query_gradient_kernel(
             q_a, q_b = load_halves(q, q_offset, exists, D, BLOCK_D, INTERLEAVED, True)
 
         for block in range(0, tl.maximum(tl.cdiv(source_end - source, SOURCES), 1)):
+            first_source = source + block * SOURCES
             first_key, _, first, until, _, from_, to = load_sources(
-                lists, list_stride, source + block * SOURCES, source_end, begin, end, source_full, FULL_KEY
+                lists, list_stride, first_source, source_end, begin, end, source_full, FULL_KEY
             )  # fmt: skip
             for step in tl.range(from_, to, num_stages=STAGES):
                 key = pick(first_key, first, until, step) + step * BLOCK_N
@@ -152,8 +153,9 @@ def query_gradient_kernel(
                 )  # fmt: skip
 
         for block in range(0, tl.maximum(tl.cdiv(t_source_end - t_source, SOURCES), 1)):
+            first_source = t_source + block * SOURCES
             first_key, _, first, until, key_end, from_, to = load_sources(
-                lists, list_stride, t_source + block * SOURCES, t_source_end, t_begin, t_end, source_tail, TAIL_KEY
+                lists, list_stride, first_source, t_source_end, t_begin, t_end, source_tail, TAIL_KEY
             )  # fmt: skip
             for step in tl.range(from_, to, num_stages=1):
                 own = step >= source_tail
