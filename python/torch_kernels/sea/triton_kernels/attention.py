@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from torch_kernels._triton import architecture, contiguous, on_device
-from torch_kernels._triton_jit import LN2, LOG2E, softmax_end, softmax_step
+from torch_kernels._triton_jit import LN2, LOG2E, softmax_step
 
 from ..heuristics import attention_tile
 from .cells import any_bits, boundary, cells_in_tile, cells_of_head, clip_mode, kept_columns, load_widths, lowest_bit
@@ -125,7 +125,10 @@ def attention_kernel(
             q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale, kind,
             CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, REPAIR,
         )  # fmt: skip
-        without, row_lse = softmax_end(acc, peak, total)
+        # As `softmax_end`, in another order, in which float32 takes no stack memory to repair.
+        empty = total == 0
+        row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+        without = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
         if REPAIR:
             value = tl.where(kind == NAN, float("nan"), tl.where(kind == INFINITY, float("inf"), -float("inf")))
             result = tl.where(kind == CLEAN, without, tl.where(acc > 0, result + value, result))
@@ -134,7 +137,7 @@ def attention_kernel(
             tl.store(alarms + flag(), not_finite(acc))
 
     at = (batch * heads + head) * rows + row
-    tl.store(lse + at, row_lse * LN2, mask=exists)
+    tl.store(lse + at, row_lse, mask=exists)
     if row_gain is not None:
         result *= tl.load(row_gain + at, mask=exists, other=0.0).to(tl.float32)[:, None]
     column = tl.arange(0, BLOCK_DV)
