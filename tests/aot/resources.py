@@ -105,7 +105,11 @@ def triton_sources() -> dict[str, str]:
     ops = sorted(path.parent.name for path in package.glob("*/triton_kernels*"))
     return {
         op: _contents(
-            [package / "_triton.py", *(package / op).glob("heuristics.py"), *(package / op).glob("triton_kernels/*.py")]
+            [
+                *package.glob("_triton*.py"),
+                *(package / op).glob("heuristics.py"),
+                *(package / op).glob("triton_kernels/*.py"),
+            ]
         )[:16]
         for op in ops
     }

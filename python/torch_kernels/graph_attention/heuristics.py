@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch_kernels._triton import power_of_two
+
 # A split holds at least this many keys, to keep the traffic of partial results small against that of the keys.
 MIN_SPLIT = 1024
 # Programs that fill the GPUs this is written for. A constant, so that every device splits alike.
@@ -29,13 +31,9 @@ def prefers_triton(tokens: int, segments: int) -> bool:
     return tokens > segments
 
 
-def block(size: int) -> int:
-    return max(1 << (size - 1).bit_length(), 16)
-
-
 def attention_config(size: int, value_size: int, element_size: int, rotated: bool, arch: str) -> Config:
     """The largest tiles that do not spill."""
-    widest = max(block(size), block(value_size))
+    widest = power_of_two(max(size, value_size))
     if element_size == 4:
         return Config(16, 16, 16, 4 if widest <= 128 else 8, 1, 8)
     if arch == "sm_90":
@@ -56,7 +54,7 @@ def attention_config(size: int, value_size: int, element_size: int, rotated: boo
 
 def backward_configs(size: int, value_size: int, element_size: int, rotated: bool, arch: str) -> tuple[Config, Config]:
     """For the gradient of queries, and for that of keys and values, where block_n keys meet block_m rows at a time."""
-    widest = max(block(size), block(value_size))
+    widest = power_of_two(max(size, value_size))
     if element_size == 4:
         config = Config(16, 16, 16, 4 if widest <= 128 else 8, 1)
         return config, config

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch_kernels._triton import power_of_two
+
 # Programs that fill the GPUs this is written for. A constant, so that every device splits alike.
 TARGET_PROGRAMS = 128
 # A segment has at least so many tokens: a multiple of every chunk.
@@ -27,11 +29,6 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def power_of_two(size: int) -> int:
-    """The next."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
 def split_rows(size: int, element_size: int) -> tuple[int, int, int]:
     """Parts in which a state's rows are walked, and two powers of two, or one and 0, that hold a part's: 96 = 64 + 32
     costs less than 128. Products in float32 take few rows at a time, to spare registers."""
@@ -39,13 +36,13 @@ def split_rows(size: int, element_size: int) -> tuple[int, int, int]:
     while element_size == 4 and size // parts > 64:
         parts *= 2
     size //= parts
-    low = max(power_of_two(size + 1) // 2, 16)
-    high = max(power_of_two(size - low), 16) if size > low else 0
+    low = power_of_two(size + 1, 32) // 2
+    high = power_of_two(size - low) if size > low else 0
     return (parts, 2 * low, 0) if low == high else (parts, low, high)
 
 
 def _block(columns: int, most: int) -> int:
-    return max(min(power_of_two(columns), most), 16)
+    return min(power_of_two(columns), most)
 
 
 # Architectures whose tensor cores take operands from shared memory; on others they take registers.
@@ -57,7 +54,7 @@ def forward_tile(element_size: int, rows: int, columns: int, arch: str, gates: b
     if arch.startswith("gfx"):
         return Tile(32, _block(columns, 32), 4, 2)
     # A state of 64 + 32 rows takes more registers than one of 128.
-    if element_size == 4 or rows > 128 or rows != power_of_two(rows):
+    if element_size == 4 or rows > 128 or rows != power_of_two(rows, 1):
         return Tile(32, _block(columns, 32), 8, 2)
     if arch not in LARGE_TILES:
         return Tile(32, _block(columns, 64), 8, 3)
@@ -78,7 +75,7 @@ def backward_tile(element_size: int, rows: int, columns: int, arch: str, gates: 
         return Tile(32, _block(size, 32), 8, 1)
     if size > 192:
         return Tile(16, _block(size, 32), 8, 1)
-    if size > 128 or any(x != power_of_two(x) for x in (rows, columns)):
+    if size > 128 or any(x != power_of_two(x, 1) for x in (rows, columns)):
         return Tile(32, _block(size, 16), 8, 1)
     if arch not in LARGE_TILES:
         return Tile(32, _block(size, 32), 8, 2)
@@ -104,7 +101,7 @@ def backward_segments(heads: int, rows: int, columns: int, tile: Tile) -> int:
 
 def slope_rows(rows: int) -> int:
     """How many rows of a state a program has in the walk for the slopes' gradient."""
-    return max(min(power_of_two(rows), 128), 16)
+    return min(power_of_two(rows), 128)
 
 
 def slope_tile(element_size: int, columns: int) -> Tile:

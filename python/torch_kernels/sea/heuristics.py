@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch_kernels._triton import power_of_two
+
 # Query rows up to which each is worth a block of its own, which reads exactly the columns that it keeps. An assumption:
 # half of the smallest tile.
 FEW_ROWS = 8
@@ -31,16 +33,6 @@ class Tile(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
-
-
-def power_of_two(size: int, least: int = 16) -> int:
-    """The next, and at least so much."""
-    return max(1 << max(size - 1, 0).bit_length(), least)
-
-
-def head_chunk(size: int, element_size: int) -> int:
-    """How much of the head size one product takes: all of it on tensor cores."""
-    return min(power_of_two(size), 32) if element_size == 4 else power_of_two(size)
 
 
 def _warps(small: bool, arch: str) -> int:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graph-KV attention in Triton. Launchers take the outputs first and then all arguments of the op's schema in order.
-``aot_cases(arch)`` lists kernel instances (name, kernel, signature, constants, options) that the tests compile ahead of
-time."""
+"""Graph-KV attention in Triton.
 
-from . import attention, backward
+Launchers take the outputs first and then all arguments of the op's schema in order. ``aot_cases(arch)`` lists kernel
+instances (name, kernel, signature, constants, options) that the tests compile ahead of time for sm_80 .. sm_120 and
+gfx942.
+"""
+
+from .aot import aot_cases
 from .attention import graph_attention
 from .backward import graph_attention_backward
 from .rotation import rope_shift
-
-
-def aot_cases(arch: str):
-    return [case for module in (attention, backward) for case in module.aot_cases(arch)]
-
 
 __all__ = ["aot_cases", "graph_attention", "graph_attention_backward", "rope_shift"]

@@ -14,73 +14,33 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
-from torch_kernels.graph_attention import heuristics
+from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two
+from torch_kernels._triton_jit import LN2, LOG2E, is_special, join_splits, load_tile, locate, softmax_end
 
+from .. import heuristics
 from .rotation import pair_columns, store_turned, tables, turn_of
 from .schedule import (
     FULL_BEFORE,
     FULL_INDEX,
     FULL_KEY,
-    FULL_TILES,
     GROUP_FIRST,
-    GROUPS,
     LISTS,
-    LISTS_COUNT,
     MAX_SPLITS,
-    OWN_BEGIN,
-    OWN_LEN,
-    OWN_SEGMENT,
     PARTIALS,
     Q_BEGIN,
     Q_LEN,
     SEGMENT_FIELDS,
     SPLITS,
     TAIL_BEFORE,
-    TAIL_END,
     TAIL_INDEX,
     TAIL_KEY,
-    TAIL_TILES,
     TILES,
-    schedule_kernel,
-    segments_kernel,
+    Schedule,
     uncovered_kernel,
-)  # fmt: skip
+)
+from .walk import SOURCES, group_range, load_segment, load_sources, own_keys, pick
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 COMBINE_ROWS = tl.constexpr(16)
-SOURCES = tl.constexpr(32)  # looked at together, one a lane
-# Partial results of splits take at most this much memory; segments beyond are not split.
-PARTIAL_BYTES = 512 << 20
-
-
-@triton.jit
-def locate(key, segment, wanted, block_table, table_stride, pages, page_stride, stride, PAGE: tl.constexpr):
-    """Element offsets of keys, and which of them exist."""
-    if PAGE > 0:
-        entry = block_table + tl.cast(segment, tl.int64) * table_stride + key // PAGE
-        page = tl.load(entry, mask=wanted, other=-1).to(tl.int64)
-        exists = (page >= 0) & (page < pages)
-        offset = tl.where(exists, page, 0) * page_stride + (key % PAGE).to(tl.int64) * stride
-    else:
-        exists = wanted
-        offset = key.to(tl.int64) * stride
-    return offset, exists
-
-
-@triton.jit
-def load_keys(base, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    inside = column < SIZE
-    pointers = base + offset[:, None] + column[None, :]
-    if MASKED:
-        tile = tl.load(pointers, mask=exists[:, None] & inside[None, :], other=0.0)
-    elif SIZE < BLOCK:
-        tile = tl.load(pointers, mask=inside[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
 
 
 @triton.jit
@@ -113,7 +73,8 @@ def dot_in_chunks(
 
 @triton.jit
 def attend(scores, v, visible, acc, peak, total, scale, MASKED: tl.constexpr):
-    """One step of online softmax, in base 2; scale includes log2(e) and is positive."""
+    """One step of online softmax, in base 2; scale includes log2(e) and is positive. Unlike in `softmax_step`, scaling
+    and the difference to the peak are one instruction."""
     if MASKED:
         scores = tl.where(visible, scores, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
@@ -124,46 +85,6 @@ def attend(scores, v, visible, acc, peak, total, scale, MASKED: tl.constexpr):
     acc = acc * decay[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return acc, new_peak, total
-
-
-@triton.jit
-def group_range(lists, list_stride, group, groups, BEFORE: tl.constexpr, INDEX: tl.constexpr):
-    """Of a group of edges, or of the own segment, which comes last: the tiles of its sources, and these in the list."""
-    begin = tl.load(lists + GROUP_FIRST * list_stride + tl.minimum(group, groups))
-    end = tl.load(lists + GROUP_FIRST * list_stride + tl.minimum(group + 1, groups))
-    return (
-        tl.load(lists + BEFORE * list_stride + begin),
-        tl.load(lists + BEFORE * list_stride + end),
-        tl.load(lists + INDEX * list_stride + begin),
-        tl.load(lists + INDEX * list_stride + end),
-    )
-
-
-@triton.jit
-def load_sources(lists, list_stride, source, end, FIRST: tl.constexpr):
-    """The four fields from FIRST on of SOURCES sources of a list; no tile is of one beyond `end`."""
-    at = lists + FIRST * list_stride + source + tl.arange(0, SOURCES)
-    present = source + tl.arange(0, SOURCES) < end
-    return (
-        tl.load(at, mask=present, other=0),
-        tl.load(at + list_stride, mask=present, other=0),
-        tl.load(at + 2 * list_stride, mask=present, other=0),
-        tl.load(at + 3 * list_stride, mask=present, other=0),
-    )
-
-
-@triton.jit
-def block_begin(first, source, end, own):
-    """The first tile of a block of sources, or of the own segment if there are none."""
-    return tl.where(
-        source < end, tl.min(tl.where(source + tl.arange(0, SOURCES) < end, first, 0x7FFFFFFF), axis=0), own
-    )
-
-
-@triton.jit
-def pick(values, first, until, tile):
-    """The value of the source that has the tile; no loads, no branches: addresses are known well ahead."""
-    return tl.sum(tl.where((first <= tile) & (tile < until), values, 0), axis=0)
 
 
 @triton.jit(
@@ -188,14 +109,7 @@ def graph_attention_kernel(
     segment = tl.load(items + 2 + item * 2).to(tl.int64)
     code = tl.load(items + 3 + item * 2)
     record = records + segment * SEGMENT_FIELDS
-    q_begin = tl.load(record + Q_BEGIN).to(tl.int64)
-    q_len = tl.load(record + Q_LEN)
-    groups = tl.load(record + GROUPS)
-    own_begin = tl.load(record + OWN_BEGIN)
-    own_len = tl.load(record + OWN_LEN)
-    own_segment = tl.load(record + OWN_SEGMENT)
-    source_full = tl.load(record + FULL_TILES)
-    source_tail = tl.load(record + TAIL_TILES)
+    q_begin, q_len, groups, own_begin, own_len, own_segment, source_full, source_tail = load_segment(record)
     lists += tl.load(record + LISTS).to(tl.int64)
     deltas_row = tl.load(record + LISTS).to(tl.int64) * D
     splits = tl.load(record + SPLITS)
@@ -208,12 +122,7 @@ def graph_attention_kernel(
     q_offset = (q_begin + token) * q_stride_t + (head * GROUP + row % GROUP) * q_stride_h
     k += head * k_stride_h
     v += head * v_stride_h
-    # How many of its own keys the tile's first row sees, and its last. Those all rows see are taken without a mask.
-    ahead = own_len - q_len
-    own_first = tl.minimum(tl.maximum(tile * BLOCK_M // GROUP + ahead + 1, 0), own_len)
-    last_token = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
-    own_last = tl.minimum(tl.maximum(last_token + ahead + 1, 0), own_len)
-    own_full = own_first // BLOCK_N
+    ahead, own_full, own_last = own_keys(tile, q_len, own_len, GROUP, BLOCK_M, BLOCK_N)
     all_full = source_full + own_full
     all_tail = source_tail + tl.cdiv(own_last - own_full * BLOCK_N, BLOCK_T)
     full_begin = (all_full.to(tl.int64) * split // splits).to(tl.int32)
@@ -264,35 +173,28 @@ def graph_attention_kernel(
                     mine // GROUP < q_len, mine // GROUP, turns, delta, D, BLOCK_M, INTERLEAVED, NEGATE, False,
                 )  # fmt: skip
                 own_row = tl.arange(0, BLOCK_M) * D
-                q_tile = load_keys(turned, own_row, own_row >= 0, D, BLOCK_D, False)
+                q_tile = load_tile(turned, own_row, own_row >= 0, D, BLOCK_D, False)
             else:
-                q_tile = load_keys(q, q_offset, exists, D, BLOCK_D, True)
+                q_tile = load_tile(q, q_offset, exists, D, BLOCK_D, True)
                 if NEGATE:
                     q_tile = -q_tile
 
         # Whole tiles, those of SOURCES sources at a time; the last of them are the own segment's.
         for block in range(0, tl.maximum(tl.cdiv(source_end - source, SOURCES), 1)):
             first_source = source + block * SOURCES
-            first_key, in_segment, first, until = load_sources(lists, list_stride, first_source, source_end, FULL_KEY)
-            from_ = tl.maximum(begin, block_begin(first, first_source, source_end, source_full))
-            to = end
-            if first_source + SOURCES < source_end:
-                to = tl.minimum(end, tl.max(until, axis=0))
+            first_key, in_segment, first, until, _, from_, to = load_sources(
+                lists, list_stride, first_source, source_end, begin, end, source_full, FULL_KEY
+            )  # fmt: skip
             for step in tl.range(from_, to, num_stages=STAGES):
                 own = step >= source_full
                 key = pick(first_key, first, until, step) + step * BLOCK_N
                 key = tl.where(own, own_begin + (step - source_full) * BLOCK_N, key)
                 if PAGE > 0:
                     at_segment = tl.where(own, own_segment, pick(in_segment, first, until, step))
-                    wanted = key + column < key_tokens
-                    k_offset, found = locate(
-                        key + column, at_segment, wanted, block_table, table_stride, pages, k_stride_p, k_stride_t,
-                        PAGE,
-                    )  # fmt: skip
-                    v_offset, found = locate(
-                        key + column, at_segment, wanted, block_table, table_stride, pages, v_stride_p, v_stride_t,
-                        PAGE,
-                    )  # fmt: skip
+                    table = block_table + at_segment.to(tl.int64) * table_stride
+                    at = key + column
+                    k_offset, found = locate(at, at < key_tokens, table, pages, k_stride_p, k_stride_t, PAGE)
+                    v_offset, found = locate(at, at < key_tokens, table, pages, v_stride_p, v_stride_t, PAGE)
                     k_base = k
                     v_base = v
                 else:
@@ -304,68 +206,54 @@ def graph_attention_kernel(
                     k_offset = column * k_stride_t
                     v_offset = column * v_stride_t
                 if CHUNK == 0:
-                    k_tile = load_keys(k_base, k_offset, found, D, BLOCK_D, PAGE > 0)
+                    k_tile = load_tile(k_base, k_offset, found, D, BLOCK_D, PAGE > 0)
                     scores = tl.dot(q_tile, tl.trans(k_tile))
                 else:
                     scores = dot_in_chunks(
                         q, q_offset, exists, token, turns, delta, k_base, k_offset, found, D, CHUNK, ROPE, INTERLEAVED,
                         NEGATE,
                     )  # fmt: skip
-                v_tile = load_keys(v_base, v_offset, found, DV, BLOCK_DV, PAGE > 0)
+                v_tile = load_tile(v_base, v_offset, found, DV, BLOCK_DV, PAGE > 0)
                 acc, peak, total = attend(scores, v_tile, found[None, :], acc, peak, total, scale, PAGE > 0)
 
         # What remains of the sources, then of the own segment, where each row sees another number of keys.
         own_key = own_begin + own_full * BLOCK_N
         for block in range(0, tl.maximum(tl.cdiv(t_source_end - t_source, SOURCES), 1)):
             first_source = t_source + block * SOURCES
-            first_key, in_segment, first, until = load_sources(
-                lists, list_stride, first_source, t_source_end, TAIL_KEY
+            first_key, in_segment, first, until, key_end, from_, to = load_sources(
+                lists, list_stride, first_source, t_source_end, t_begin, t_end, source_tail, TAIL_KEY
             )  # fmt: skip
-            ends = tl.load(
-                lists + TAIL_END * list_stride + first_source + tl.arange(0, SOURCES),
-                mask=first_source + tl.arange(0, SOURCES) < t_source_end, other=0,
-            )  # fmt: skip
-            from_ = tl.maximum(t_begin, block_begin(first, first_source, t_source_end, source_tail))
-            to = t_end
-            if first_source + SOURCES < t_source_end:
-                to = tl.minimum(t_end, tl.max(until, axis=0))
             for step in tl.range(from_, to, num_stages=TAIL_STAGES):
                 own = step >= source_tail
                 key = pick(first_key, first, until, step) + step * BLOCK_T
                 key = tl.where(own, own_key + (step - source_tail) * BLOCK_T, key)
-                limit = tl.where(own, own_begin + own_last, pick(ends, first, until, step))
-                at_segment = own_segment
+                limit = tl.where(own, own_begin + own_last, pick(key_end, first, until, step))
+                table = block_table
                 if PAGE > 0:
                     at_segment = tl.where(own, own_segment, pick(in_segment, first, until, step))
+                    table += at_segment.to(tl.int64) * table_stride
                 at = key + tail_column
                 wanted = (at >= 0) & (at < tl.minimum(limit, key_tokens))
-                k_offset, found = locate(
-                    at, at_segment, wanted, block_table, table_stride, pages, k_stride_p, k_stride_t, PAGE
-                )  # fmt: skip
-                v_offset, found = locate(
-                    at, at_segment, wanted, block_table, table_stride, pages, v_stride_p, v_stride_t, PAGE
-                )  # fmt: skip
+                k_offset, found = locate(at, wanted, table, pages, k_stride_p, k_stride_t, PAGE)
+                v_offset, found = locate(at, wanted, table, pages, v_stride_p, v_stride_t, PAGE)
                 if CHUNK == 0:
-                    k_tile = load_keys(k, k_offset, found, D, BLOCK_D, True)
+                    k_tile = load_tile(k, k_offset, found, D, BLOCK_D, True)
                     scores = tl.dot(q_tile, tl.trans(k_tile))
                 else:
                     scores = dot_in_chunks(
                         q, q_offset, exists, token, turns, delta, k, k_offset, found, D, CHUNK, ROPE, INTERLEAVED,
                         NEGATE,
                     )  # fmt: skip
-                v_tile = load_keys(v, v_offset, found, DV, BLOCK_DV, True)
-                # 0 times a NaN or an infinity would reach rows that do not see its key. They are added at the end.
-                strange = ((v_tile != v_tile) | (tl.abs(v_tile) == float("inf"))) & own
-                special = tl.maximum(special, tl.max(tl.max(strange.to(tl.int32), axis=1), axis=0))
-                v_tile = tl.where(strange, 0.0, v_tile).to(v.dtype.element_ty)
+                v_tile = load_tile(v, v_offset, found, DV, BLOCK_DV, True)
+                # NaN and infinities are added at the end.
+                left_out = is_special(v_tile) & own
+                special = tl.maximum(special, tl.max(tl.max(left_out.to(tl.int32), axis=1), axis=0))
+                v_tile = tl.where(left_out, 0.0, v_tile).to(v.dtype.element_ty)
                 seen_until = tl.where(own, own_begin + token + ahead + 1, limit)
                 visible = found[None, :] & (at[None, :] < seen_until[:, None])
                 acc, peak, total = attend(scores, v_tile, visible, acc, peak, total, scale, True)
 
-    # Rows that saw nothing give 0 and -inf.
-    empty = total == 0
-    result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
-    row_lse = tl.where(empty, -float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    result, row_lse = softmax_end(acc, peak, total)
     # The rows again: computed anew, in other words than above, they occupy no registers during the loops.
     local = tl.arange(0, BLOCK_M)
     token = (tile * BLOCK_M + local) // GROUP
@@ -388,23 +276,23 @@ def graph_attention_kernel(
     # Rare: add the NaN and infinities that were taken out, key by key, to the rows that see the key.
     if special > 0:
         tl.debug_barrier()
+        table = block_table
+        if PAGE > 0:
+            table += own_segment.to(tl.int64) * table_stride
         for i in range(own_full * BLOCK_N, own_last):
             key_at = own_begin + i + d * 0
-            v_offset, found = locate(
-                key_at, own_segment, key_at < key_tokens, block_table, table_stride, pages, v_stride_p, v_stride_t,
-                PAGE,
-            )  # fmt: skip
+            v_offset, found = locate(key_at, key_at < key_tokens, table, pages, v_stride_p, v_stride_t, PAGE)
             value = tl.load(v + v_offset + d, mask=found & (d < DV), other=0.0).to(tl.float32)
-            strange = (value != value) | (tl.abs(value) == float("inf"))
+            left_out = is_special(value)
             seen = i <= token + ahead
             if SPLIT:
                 # The split that met the key adds it.
                 step = source_tail + (i - own_full * BLOCK_N) // BLOCK_T
                 seen = seen & (tail_begin <= step + token * 0) & (step + token * 0 < tail_end)
-                mask = (seen & divided)[:, None] & (strange & (d < DV))[None, :]
+                mask = (seen & divided)[:, None] & (left_out & (d < DV))[None, :]
                 target = partial_out + at[:, None] * DV + d[None, :]
                 tl.store(target, tl.load(target, mask=mask, other=0.0) + value[None, :], mask=mask)
-            mask = (seen & (token < rows))[:, None] & (strange & (d < DV))[None, :]
+            mask = (seen & (token < rows))[:, None] & (left_out & (d < DV))[None, :]
             target = out + offset[:, None] + d[None, :]
             changed = tl.load(target, mask=mask, other=0.0).to(tl.float32) + value[None, :]
             tl.store(target, changed.to(out.dtype.element_ty), mask=mask)
@@ -436,68 +324,14 @@ def combine_kernel(
         exists = token < q_len
         inside = exists[:, None] & (d < DV)[None, :]
         at = head * partial_capacity + tl.load(record + PARTIALS) + row
-        peak = tl.full((COMBINE_ROWS,), -float("inf"), tl.float32)
-        for split in range(splits):
-            peak = tl.maximum(peak, tl.load(partial_lse + at + split * stride, mask=exists, other=-float("inf")))
-        peak = tl.where(peak == -float("inf"), 0.0, peak)
-        acc = tl.zeros((COMBINE_ROWS, BLOCK_DV), tl.float32)
-        total = tl.zeros((COMBINE_ROWS,), tl.float32)
-        for split in range(splits):
-            part_at = at + split * stride
-            weight = tl.exp2(tl.load(partial_lse + part_at, mask=exists, other=-float("inf")) - peak)
-            part = tl.load(partial_out + part_at[:, None] * DV + d[None, :], mask=inside, other=0.0)
-            acc += tl.where((weight == 0)[:, None], 0.0, weight[:, None] * part)
-            total += weight
-        empty = total == 0
-        result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
-        row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+        result, row_lse = join_splits(
+            partial_out, partial_lse, at, stride, splits, exists, DV, COMBINE_ROWS, BLOCK_DV
+        )  # fmt: skip
         query_head = head * GROUP + row % GROUP
         q_begin = tl.load(record + Q_BEGIN).to(tl.int64)
         offset = (q_begin + token) * out_stride_t + query_head * out_stride_h
         tl.store(out + offset[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=inside)
-        tl.store(lse + query_head * tokens + q_begin + token, row_lse, mask=exists)
-
-
-def last_stride_one(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class Schedule:
-    """The device's work list for query tiles, and what the host knows of it: upper bounds."""
-
-    def __init__(
-        self, q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment, edge_start, query_tokens, key_tokens,
-        paged, group, kv_heads, value_size, config, backward=False,
-    ):  # fmt: skip
-        device = q_offsets.device
-        self.segments, self.edges = own_segment.shape[0], edge_sources.shape[0]
-        self.list_stride = self.edges + self.segments
-        target = max(heuristics.TARGET_PROGRAMS // kv_heads, 1)
-        rows = query_tokens * group + self.segments * config.block_m
-        most = min(target, MAX_SPLITS.value, key_tokens * max(self.segments, 1) // heuristics.MIN_SPLIT)
-        most = 1 if backward else most
-        tiles = query_tokens * group // config.block_m + min(self.segments, query_tokens)
-        self.partial_capacity = 0
-        self.capacity = tiles
-        if most > 1:
-            wanted = min(self.segments * target * config.block_m, rows * most)
-            self.partial_capacity = min(wanted, PARTIAL_BYTES // (4 * kv_heads * value_size))
-            self.capacity = tiles + self.partial_capacity // config.block_m
-        self.records = torch.empty(self.segments, SEGMENT_FIELDS.value, dtype=torch.int32, device=device)
-        self.lists = torch.empty(LISTS_COUNT, self.list_stride, dtype=torch.int32, device=device)
-        # Edges of no segment have no target. Of interest to the backward pass only.
-        self.targets = torch.full((self.edges, 2), -1, dtype=torch.int32, device=device) if backward else None
-        self.items = torch.empty(2 + 2 * self.capacity, dtype=torch.int32, device=device)
-        segments_kernel[(self.segments,)](
-            self.records, self.lists, self.targets, q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment,
-            edge_start, query_tokens, key_tokens, kv_offsets.shape[0] - 1, self.edges, self.list_stride,
-            GROUP=group, PAGED=paged, TARGET=target, MIN_SPLIT=heuristics.MIN_SPLIT, MOST=max(most, 1),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t, num_warps=4,
-        )  # fmt: skip
-        schedule_kernel[(self.segments,)](
-            self.items, self.records, self.segments, self.capacity, self.partial_capacity,
-            BLOCK_M=config.block_m, num_warps=4,
-        )  # fmt: skip
+        tl.store(lse + query_head * tokens + q_begin + token, row_lse * LN2, mask=exists)
 
 
 def graph_attention(
@@ -516,13 +350,12 @@ def graph_attention(
         size, value_size, q.element_size(), inv_freq is not None, architecture(q.device)
     )
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
-    q, k, v = map(last_stride_one, (q, k, v))
-    indices = (q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment, q_start, edge_start, own_start)
-    q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment, q_start, edge_start, own_start = (
-        x if x is None else x.contiguous() for x in indices
-    )
+    q, k, v = last_stride_one(q, k, v)
+    q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment = contiguous(
+        q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment
+    )  # fmt: skip
+    inv_freq, q_start, edge_start, own_start, table = contiguous(inv_freq, q_start, edge_start, own_start, block_table)
     key_strides = (*k.stride()[:3], *v.stride()[:3]) if paged else (0, *k.stride()[:2], 0, *v.stride()[:2])
-    table = block_table.contiguous() if paged else None
     segments = own_segment.shape[0]
     with on_device(q):
         uncovered_kernel[(triton.cdiv(tokens, 256),)](
@@ -540,7 +373,7 @@ def graph_attention(
             if config.chunk == 0:
                 turned = torch.empty(plan.capacity * kv_heads, config.block_m, size, dtype=q.dtype, device=q.device)
             turns, deltas = tables(
-                plan.records, plan.lists, inv_freq.contiguous(), q_start, edge_start, own_start, tokens, plan.edges,
+                plan.records, plan.lists, inv_freq, q_start, edge_start, own_start, tokens, plan.edges,
                 size,
             )  # fmt: skip
         split = plan.partial_capacity > 0
@@ -557,52 +390,12 @@ def graph_attention(
             GROUP=group, D=size, DV=value_size, PAGE=page, ROPE=inv_freq is not None, INTERLEAVED=interleaved,
             NEGATE=scale < 0, SPLIT=split, CHUNK=config.chunk,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
-            BLOCK_D=heuristics.block(size), BLOCK_DV=heuristics.block(value_size),
+            BLOCK_D=power_of_two(size), BLOCK_DV=power_of_two(value_size),
             STAGES=config.num_stages, TAIL_STAGES=min(config.num_stages, 2), num_warps=config.num_warps,
         )  # fmt: skip
         if split:
             combine_kernel[(plan.capacity * kv_heads,)](
                 out, lse, partial_out, partial_lse, plan.items, plan.records, tokens, plan.partial_capacity, kv_heads,
                 *out.stride()[:2], GROUP=group, DV=value_size, BLOCK_M=config.block_m,
-                BLOCK_DV=heuristics.block(value_size), num_warps=4,
+                BLOCK_DV=power_of_two(value_size), num_warps=4,
             )  # fmt: skip
-
-
-def _aot_case(name, arch, *, dtype, size, value_size=None, group=4, page=0, rope=False, split=False, config=None):
-    value_size = value_size or size
-    config = config or heuristics.attention_config(size, value_size, 4 if dtype == "*fp32" else 2, rope, arch)
-    constants = {
-        "GROUP": group, "D": size, "DV": value_size, "PAGE": page, "ROPE": rope, "INTERLEAVED": False,
-        "NEGATE": False, "SPLIT": split, "CHUNK": config.chunk, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_T": config.block_t, "BLOCK_D": heuristics.block(size), "BLOCK_DV": heuristics.block(value_size),
-        "STAGES": config.num_stages, "TAIL_STAGES": min(config.num_stages, 2),
-    }  # fmt: skip
-    signature = dict.fromkeys(graph_attention_kernel.arg_names, "i32")
-    signature |= dict.fromkeys(("out", "q", "k", "v", "turned"), dtype)
-    signature |= dict.fromkeys(("lse", "partial_out", "partial_lse", "turns", "deltas"), "*fp32")
-    signature |= dict.fromkeys(("items", "records", "lists", "block_table"), "*i32") | {"scale": "fp32"}
-    absent = {"partial_out": split, "partial_lse": split, "turns": rope, "deltas": rope, "block_table": page > 0}
-    absent |= {"turned": rope and config.chunk == 0}
-    constants |= {argument: None for argument, given in absent.items() if not given}
-    signature = {argument: kind for argument, kind in signature.items() if argument not in constants}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return name, graph_attention_kernel, signature, constants, options
-
-
-def aot_cases(arch: str):
-    signature = dict.fromkeys(combine_kernel.arg_names, "i32")
-    signature |= {"out": "*bf16", "lse": "*fp32", "partial_out": "*fp32", "partial_lse": "*fp32"}
-    signature |= {"items": "*i32", "records": "*i32"}
-    constants = {"GROUP": 4, "DV": 128, "BLOCK_M": 128, "BLOCK_DV": 128}
-    signature = {argument: kind for argument, kind in signature.items() if argument not in constants}
-    return [
-        _aot_case("attention_bf16_d128_split", arch, dtype="*bf16", size=128, split=True),
-        _aot_case("attention_bf16_d128_rope_split", arch, dtype="*bf16", size=128, rope=True, split=True),
-        _aot_case("attention_bf16_d128_rope_paged", arch, dtype="*bf16", size=128, rope=True, page=16, split=True),
-        _aot_case("attention_fp16_d64", arch, dtype="*fp16", size=64, group=1),
-        _aot_case("attention_bf16_d80_rope", arch, dtype="*bf16", size=80, group=1, rope=True),
-        _aot_case("attention_bf16_d256_rope_split", arch, dtype="*bf16", size=256, group=8, rope=True, split=True),
-        _aot_case("attention_fp32_d128_rope", arch, dtype="*fp32", size=128, rope=True, split=True),
-        _aot_case("attention_fp32_d256_paged", arch, dtype="*fp32", size=256, page=16),
-        ("combine_bf16_d128", combine_kernel, signature, constants, {"num_warps": 4}),
-    ]

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import on_device
+from torch_kernels._triton import last_stride_one, on_device, power_of_two
 
 from .schedule import GROUP_FIRST, GROUPS, LISTS, OWN_LEN, Q_LEN, SEGMENT_FIELDS, SEGMENTS
 
@@ -179,21 +179,17 @@ def rope_shift_kernel(
         tl.store(out + to + second[None, :], y, mask=mask)
 
 
-def half_block(size: int) -> int:
-    return max(triton.next_power_of_2(size), 16) // 2
-
-
 def rope_shift(out, k, offsets, delta, inv_freq, interleaved):
     tokens, heads, size = k.shape
     if out.numel() == 0:
         return
-    k = k if k.stride(-1) == 1 else k.contiguous()
+    (k,) = last_stride_one(k)
     block = 32
     with on_device(k):
         rope_shift_kernel[(triton.cdiv(tokens, block),)](
             out, k, offsets.contiguous(), delta.contiguous(), inv_freq.contiguous(), delta.shape[0], tokens, heads,
             *out.stride()[:2], *k.stride()[:2],
-            SIZE=size, HALF=half_block(size), INTERLEAVED=interleaved, BLOCK=block, num_warps=4,
+            SIZE=size, HALF=power_of_two(size) // 2, INTERLEAVED=interleaved, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -205,6 +201,6 @@ def tables(records, lists, inv_freq, q_start, edge_start, own_start, query_token
     block = 32
     tables_kernel[(segments + triton.cdiv(query_tokens, block),)](
         turns, deltas, records, lists, inv_freq, q_start, edge_start, own_start, segments, query_tokens,
-        edges, SIZE=size, HALF=half_block(size), BLOCK=block, num_warps=4,
+        edges, SIZE=size, HALF=power_of_two(size) // 2, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return turns, deltas

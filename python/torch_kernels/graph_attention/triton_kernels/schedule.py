@@ -11,8 +11,11 @@ BLOCK_T. Edges of a segment are cut into groups: runs with one rotation. Lists o
 Offsets are made monotone, so segments never overlap, whatever is in the tensors: the bounds hold.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from .. import heuristics
 
 EDGES = tl.constexpr(128)  # that a program looks at together
 SEGMENTS = tl.constexpr(512)
@@ -53,6 +56,8 @@ TAIL_END = tl.constexpr(13)  # behind the last key
 LISTS_COUNT = 14
 
 MAX_SPLITS = tl.constexpr(32)
+# Partial results of splits take at most this much memory; segments beyond are not split.
+PARTIAL_BYTES = 512 << 20
 
 
 @triton.jit
@@ -316,3 +321,41 @@ def readers_kernel(
     tl.store(record + TILES, tl.cdiv(length, BLOCK_K))
     tl.store(record + COST, tl.minimum(rows, 1 << 30).to(tl.int32))
     tl.store(record + WANTED_SPLITS, 1)
+
+
+class Schedule:
+    """The device's work list for query tiles, and what the host knows of it: upper bounds."""
+
+    def __init__(
+        self, q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment, edge_start, query_tokens, key_tokens,
+        paged, group, kv_heads, value_size, config, backward=False,
+    ):  # fmt: skip
+        device = q_offsets.device
+        self.segments, self.edges = own_segment.shape[0], edge_sources.shape[0]
+        self.list_stride = self.edges + self.segments
+        target = max(heuristics.TARGET_PROGRAMS // kv_heads, 1)
+        rows = query_tokens * group + self.segments * config.block_m
+        most = min(target, MAX_SPLITS.value, key_tokens * max(self.segments, 1) // heuristics.MIN_SPLIT)
+        most = 1 if backward else most
+        tiles = query_tokens * group // config.block_m + min(self.segments, query_tokens)
+        self.partial_capacity = 0
+        self.capacity = tiles
+        if most > 1:
+            wanted = min(self.segments * target * config.block_m, rows * most)
+            self.partial_capacity = min(wanted, PARTIAL_BYTES // (4 * kv_heads * value_size))
+            self.capacity = tiles + self.partial_capacity // config.block_m
+        self.records = torch.empty(self.segments, SEGMENT_FIELDS.value, dtype=torch.int32, device=device)
+        self.lists = torch.empty(LISTS_COUNT, self.list_stride, dtype=torch.int32, device=device)
+        # Edges of no segment have no target. Of interest to the backward pass only.
+        self.targets = torch.full((self.edges, 2), -1, dtype=torch.int32, device=device) if backward else None
+        self.items = torch.empty(2 + 2 * self.capacity, dtype=torch.int32, device=device)
+        segments_kernel[(self.segments,)](
+            self.records, self.lists, self.targets, q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment,
+            edge_start, query_tokens, key_tokens, kv_offsets.shape[0] - 1, self.edges, self.list_stride,
+            GROUP=group, PAGED=paged, TARGET=target, MIN_SPLIT=heuristics.MIN_SPLIT, MOST=max(most, 1),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t, num_warps=4,
+        )  # fmt: skip
+        schedule_kernel[(self.segments,)](
+            self.items, self.records, self.segments, self.capacity, self.partial_capacity,
+            BLOCK_M=config.block_m, num_warps=4,
+        )  # fmt: skip

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instances of the kernels as the launchers make them, for compilation ahead of time."""
+"""The instances of this family's kernels that the tests compile ahead of time, as the launchers would make them."""
+
+from torch_kernels._triton import aot_case
 
 from .. import heuristics
-from . import rows
 from .backward import int4_linear_backward_kernel
 from .linear import SUM_BLOCK, dequantise_kernel, int4_linear_kernel, launch_options, sum_splits_kernel
+from .rows import BLOCK_M, rows_kernel
 
 MULTIPROCESSORS = 132
 ELEMENT_SIZES = {"*i8": 1, "*bf16": 2, "*fp16": 2, "*fp32": 4}
 
 
-def _case(name, kernel, pointers, constants, optional, options):
-    """Integers are i32; optional pointers that are not given are None."""
-    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
-    absent = {argument: None for argument in optional if argument not in pointers}
-    return name, kernel, signature, constants | absent, options
+def _case(name, kernel, pointers, constants, optional=(), options=None):
+    """Optional pointers that are not given are None."""
+    return aot_case(name, kernel, pointers, constants, [x for x in optional if x not in pointers], options)
+
+
+def _rows(name, group, **pointers):
+    constants = {"GROUP": group, "BLOCK_M": BLOCK_M}
+    return _case(name, rows_kernel, pointers, constants, ("out", "scale", "total", "perm"))
 
 
 def _constants(plan, group_size, arch):
@@ -51,9 +56,12 @@ def _backward(name, arch, dtype, shape, group_size, **given):
 def aot_cases(arch: str):
     partials = {"out": "*bf16", "partial": "*fp32", "bias": "*bf16"}
     dense = {"out": "*bf16", "weight": "*i32", "scales": "*fp16", "zeros": "*fp16"}
+    quantised = {"out": "*i8", "scale": "*fp32", "total": "*fp32", "x": "*bf16"}
     few, some, many = (16, 4096, 4096), (64, 16384, 4096), (1024, 16384, 4096)
     return [
-        *rows.aot_cases(arch),
+        _rows("rows_bf16_int8_g128", 128, **quantised),
+        _rows("rows_bf16_int8_g16_perm", 16, **quantised, perm="*i32"),
+        _rows("rows_fp16_perm_sums_g64", 64, out="*fp16", total="*fp32", x="*fp16", perm="*i32"),
         _forward("linear_bf16_g128_m16_split", arch, "*bf16", few, 128),
         _forward("linear_bf16_g128_m32_zeros_bias", arch, "*bf16", (32, 16384, 4096), 128, zeros="*fp16", bias="*bf16"),
         _forward("linear_bf16_g128_m64", arch, "*bf16", some, 128),
@@ -75,6 +83,6 @@ def aot_cases(arch: str):
         ),
         _backward("backward_fp16_g128_m1024_sequence", arch, "*fp16", (1024, 4096, 4096), 128),
         _backward("backward_fp32_g128_m1024", arch, "*fp32", (1024, 4096, 16384), 128),
-        _case("sum_splits_bf16", sum_splits_kernel, partials, {"HAS_PERM": False, "BLOCK": SUM_BLOCK}, ("perm",), {}),
-        _case("dequantise_bf16_g128", dequantise_kernel, dense, {"GROUP": 128, "BLOCK_N": 64, "BLOCK_K": 64}, (), {}),
+        _case("sum_splits_bf16", sum_splits_kernel, partials, {"HAS_PERM": False, "BLOCK": SUM_BLOCK}, ("perm",)),
+        _case("dequantise_bf16_g128", dequantise_kernel, dense, {"GROUP": 128, "BLOCK_N": 64, "BLOCK_K": 64}),
     ]

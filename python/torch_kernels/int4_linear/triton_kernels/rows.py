@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from torch_kernels._triton_jit import round_to_even
+
 BLOCK_M = 8
 
 
@@ -43,8 +45,7 @@ def rows_kernel(
         step = tl.div_rn(peak, tl.zeros_like(peak) + 127.0)
         divisor = tl.where(step > 0, step, 1.0)[:, None] + tl.zeros_like(exact)
         ratio = tl.div_rn(tl.where(finite, exact, 0.0), divisor)
-        # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, half to even.
-        ratio = tl.minimum(tl.maximum((ratio + 12582912.0) - 12582912.0, -127.0), 127.0)
+        ratio = tl.minimum(tl.maximum(round_to_even(ratio), -127.0), 127.0)
         spoilt = tl.max((finite == 0).to(tl.int32), axis=1) > 0
         tl.store(scale + at, tl.where(spoilt, float("nan"), step), mask=row < rows)
         values = ratio.to(tl.int8)
@@ -78,17 +79,3 @@ def prepare(x, perm, columns, group, step, quantise, sums):
             GROUP=group, BLOCK_M=BLOCK_M,
         )  # fmt: skip
     return x if out is None else out, scale, total
-
-
-def aot_cases(arch: str):
-    def case(name, pointers, **constants):
-        absent = {name: None for name in ("out", "scale", "total", "perm") if name not in pointers}
-        signature = dict.fromkeys(rows_kernel.arg_names, "i32") | pointers
-        return name, rows_kernel, signature, absent | constants | {"BLOCK_M": BLOCK_M}, {}
-
-    quantised = {"out": "*i8", "scale": "*fp32", "total": "*fp32", "x": "*bf16"}
-    return [
-        case("rows_bf16_int8_g128", quantised, GROUP=128),
-        case("rows_bf16_int8_g16_perm", quantised | {"perm": "*i32"}, GROUP=16),
-        case("rows_fp16_perm_sums_g64", {"out": "*fp16", "total": "*fp32", "x": "*fp16", "perm": "*i32"}, GROUP=64),
-    ]

@@ -6,16 +6,11 @@ instances (name, kernel, signature, constants, options) that the tests compile a
 gfx942.
 """
 
-from . import backward, product, quantize, rotate
+from .aot import aot_cases
 from .backward import int8_linear_backward
 from .product import int8_linear, int8_mm
 from .quantize import int8_quantize
 from .rotate import hadamard_transform, rotate_quantize
-
-
-def aot_cases(arch: str):
-    return [case for module in (quantize, product, backward, rotate) for case in module.aot_cases(arch)]
-
 
 __all__ = [
     "aot_cases",

@@ -71,15 +71,3 @@ def int8_linear_backward(out, grad, weight, weight_scale):
             out, grad, weight, weight_scale, rows, columns, size, grad.stride(0), weight.stride(0),
             HALVES=halves, **blocks, **options,
         )  # fmt: skip
-
-
-def aot_cases(arch: str):
-    def case(dtype):
-        halves = dtype != "*fp32"
-        blocks, options = tile(halves)
-        types = {"out": dtype, "grad": dtype, "weight": "*i8", "weight_scale": "*fp32"}
-        types |= {"columns": "i32:16", "size": "i32:16"}
-        signature = {argument: types.get(argument, "i32") for argument in backward_kernel.arg_names}
-        return f"backward_{dtype[1:]}", backward_kernel, signature, {"HALVES": halves} | blocks, options
-
-    return [case("*bf16"), case("*fp16"), case("*fp32")]

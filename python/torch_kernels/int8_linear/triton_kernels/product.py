@@ -11,7 +11,7 @@ import triton.language as tl
 
 from torch_kernels._triton import on_device
 
-from ..heuristics import Tile, product_plans, tiles
+from ..heuristics import product_plans
 from .quantize import as_rows, device_of, find_outliers, quantize_rows
 
 # Row tiles that share a stretch of column tiles while those are in the L2 cache.
@@ -177,39 +177,3 @@ def int8_linear(out, x, weight, weight_scale, bias, x_scale, threshold):
         else:
             quantize_rows(q, scale, x, x_scale=x_scale)
             _product(out, q, weight, scale, weight_scale, bias)
-
-
-def aot_cases(arch: str):
-    finish = {"row_scale": "*fp32", "weight_scale": "*fp32", "bias": "*fp32", "x": "*bf16"}
-    finish |= {"listed": "*i32", "count": "*i32"}
-    no_outliers = ("x", "listed", "count")
-
-    def case(name, kernel, types, constants, absent, options):
-        signature = dict.fromkeys(kernel.arg_names, "i32") | finish | types
-        signature = {argument: signature[argument] for argument in kernel.arg_names}
-        return name, kernel, signature, constants | dict.fromkeys(absent), {"enable_fp_fusion": False} | options
-
-    def product(name, tile: Tile, out, absent, even=True, aligned=True, x="*bf16"):
-        types = {"out": out, "a": "*i8", "b": "*i8", "x": x, "depth": "i32:16"}
-        if aligned:
-            types |= {"columns": "i32:16", "size": "i32:16"}
-        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        name = f"{name}_{tile.m}x{tile.n}"
-        return case(name, product_kernel, types, {"EVEN": even, "GROUP_M": GROUP} | blocks, absent, options)
-
-    all_tiles = tiles(arch)
-    cases = [product("linear_bf16", tile, "*bf16", no_outliers) for tile in all_tiles]
-    cases += [product("linear_bf16_outliers", tile, "*bf16", ()) for tile in tiles(arch, outliers=2)]
-    cases += [product("linear_fp32_outliers", tile, "*fp32", (), x="*fp32") for tile in tiles(arch, outliers=4)]
-    cases += [product("linear_bf16_tail", tile, "*bf16", no_outliers, even=False) for tile in all_tiles[::3]]
-    odd = tiles(arch, aligned=False)[::2]
-    cases += [product("linear_bf16_odd", tile, "*bf16", no_outliers, even=False, aligned=False) for tile in odd]
-    cases += [product("mm", tile, "*i32", tuple(finish)) for tile in (all_tiles[0], all_tiles[-1])]
-    join = {"BLOCK_M": JOIN_ROWS, "BLOCK_N": JOIN_COLUMNS}
-    types = {"partial": "*i32", "weight": "*i8", "columns": "i32:16"}
-    bf16, fp32 = ({"out": kind, "x": kind} for kind in ("*bf16", "*fp32"))
-    cases += [case("join_bf16_outliers", join_kernel, types | bf16, join, (), {})]
-    cases += [case("join_fp32_outliers", join_kernel, types | fp32, join, (), {})]
-    cases += [case("join_bf16", join_kernel, types | bf16, join, no_outliers, {})]
-    return cases

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, multiprocessors, on_device
+from torch_kernels._triton import architecture, multiprocessors, on_device, power_of_two
+from torch_kernels._triton_jit import round_to_even
 
 from ..heuristics import Device, outlier_row_splits
 
@@ -54,8 +55,7 @@ def to_int8(x, scale, limit):
     usable = (scale != 0) & (tl.abs(scale) < float("inf"))
     steps = tl.div_rn(x, tl.zeros_like(x) + tl.where(usable, scale, 1.0)[:, None])
     steps = tl.minimum(tl.maximum(steps, -limit), limit)
-    # The unit of float32 numbers around 1.5 * 2^23 is 1: adding it rounds.
-    steps = (steps + 12582912.0) - 12582912.0
+    steps = round_to_even(steps)
     return tl.where(usable[:, None], steps, 0.0).to(tl.int8)
 
 
@@ -166,7 +166,7 @@ def find_outliers(outliers, x, threshold):
 
 def quantize_tile(columns):
     """Rows and columns of a program's tile; rows are whole where they fit."""
-    block_k = min(max(triton.next_power_of_2(columns), 16), TILE)
+    block_k = min(power_of_two(columns), TILE)
     return max(TILE // 2 // block_k, 1), block_k
 
 
@@ -195,28 +195,3 @@ def int8_quantize(q, scale, outliers, x, threshold):
             quantize_rows(q, scale, x, outliers=flags, threshold=threshold)
         else:
             quantize_rows(q, scale, x)
-
-
-def aot_cases(arch: str):
-    def case(name, kernel, arguments, constants, num_warps=8):
-        signature = dict.fromkeys(kernel.arg_names, "i32") | {"threshold": "fp32", "limit": "fp32"} | arguments
-        signature = {argument: signature[argument] for argument in kernel.arg_names}
-        return name, kernel, signature, constants, {"num_warps": num_warps}
-
-    def quantize(name, dtype, columns, absent, **types):
-        given = {"q": "*i8", "scale": "*fp32", "listed": "*i32", "count": "*i32", "x": dtype, "smooth": "*fp32"}
-        given |= {"x_scale": "*fp32", "outliers": "*u8"} | types
-        block_m, block_k = quantize_tile(columns)
-        tile = {"WHOLE": columns <= block_k, "BLOCK_M": block_m, "BLOCK_K": block_k}
-        return case(name, quantize_kernel, given, tile | dict.fromkeys(absent))
-
-    no_outliers = ("listed", "count", "outliers", "threshold")
-    tile = {"BLOCK_M": OUTLIER_ROWS, "BLOCK_K": OUTLIER_COLUMNS}
-    return [
-        case("outliers_bf16", outlier_kernel, {"outliers": "*u8", "x": "*bf16"}, tile, 4),
-        quantize("quantize_bf16_4096", "*bf16", 4096, (*no_outliers, "smooth", "x_scale")),
-        quantize("quantize_fp32_16384", "*fp32", 16384, (*no_outliers, "smooth", "x_scale")),
-        quantize("quantize_bf16_4096_outliers", "*bf16", 4096, ("smooth", "x_scale")),
-        quantize("quantize_bf16_512_static", "*bf16", 512, (*no_outliers, "smooth")),
-        quantize("quantize_fp32_32768_smooth", "*fp32", 32768, (*no_outliers, "x_scale")),
-    ]

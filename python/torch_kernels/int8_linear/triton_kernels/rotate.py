@@ -160,31 +160,3 @@ def rotate_quantize(q, scale, x, signs, smooth, x_scale, bits):
         _run(rotated, x, first, signs=signs)
         _run(rotated, rotated, rest[0], factor=factor)
         quantize_rows(q, scale, rotated, limit=limit, smooth=smooth, x_scale=x_scale)
-
-
-def aot_cases(arch: str):
-    def case(name, part: Pass, dtype, absent, out):
-        constants, options = part.launch()
-        types = {"out": out, "scale": "*fp32", "x": dtype, "signs": "*fp32", "smooth": "*fp32", "x_scale": "*fp32"}
-        types |= {"factor": "fp32", "limit": "fp32", "inner": "i32:16", "per_row": "i32:16"}
-        if part.inner == 1:
-            absent = absent | {"inner": 1, "per_row": 1}
-        signature = {argument: types.get(argument, "i32") for argument in rotate_kernel.arg_names}
-        return name, rotate_kernel, signature, constants | absent, options
-
-    plain = dict.fromkeys(("scale", "signs", "smooth", "x_scale"))
-    static = {"signs": None, "smooth": None}
-    dynamic = {"x_scale": None}
-    first, second = passes(1 << 20)
-    return [
-        case("hadamard_bf16_128", passes(128)[0], "*bf16", plain, "*bf16"),
-        case("hadamard_bf16_4096", passes(4096)[0], "*bf16", plain, "*bf16"),
-        case("hadamard_fp32_16384", passes(16384)[0], "*fp32", plain, "*fp32"),
-        case("hadamard_bf16_12_256", passes(12 * 256)[0], "*bf16", plain, "*bf16"),
-        case("hadamard_bf16_20_256", passes(20 * 256)[0], "*bf16", plain, "*bf16"),
-        case("hadamard_bf16_1048576_first", first, "*bf16", plain, "*fp32"),
-        case("hadamard_bf16_1048576_second", second, "*fp32", plain, "*bf16"),
-        case("rotate_quantize_bf16_4096", passes(4096)[0], "*bf16", dynamic, "*i8"),
-        case("rotate_quantize_bf16_20_512", passes(20 * 512)[0], "*bf16", dynamic, "*i8"),
-        case("rotate_quantize_fp32_1024_static", passes(1024)[0], "*fp32", static, "*i8"),
-    ]

@@ -6,16 +6,11 @@ instances (name, kernel, signature, constants, options) that the tests compile a
 gfx942.
 """
 
-from . import aot, decode
+from .aot import aot_cases
 from .attention import lightning_attention, simple_gla
 from .backward import lightning_attention_backward, simple_gla_backward
 from .decode import lightning_attention_commit_, lightning_attention_step_, lightning_attention_verify
 from .states import lightning_apply_state, lightning_chunk_state
-
-
-def aot_cases(arch: str):
-    return [case for module in (aot, decode) for case in module.aot_cases(arch)]
-
 
 __all__ = [
     "aot_cases",

@@ -7,7 +7,7 @@ Where the heads alone fill a GPU a sequence is one segment. Otherwise the states
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, contiguous, on_device
 
 from ..heuristics import SPAN, forward_segments, forward_tile
 from .sequences import address, locate, room
@@ -67,7 +67,7 @@ def _forward(out, final_state, q, k, v, slopes, gates, initial_state, cu_seqlens
     if sequences * heads == 0:
         return
     q, k, v = aligned(q), aligned(k), aligned(v)
-    slopes, gates, initial = (None if x is None else x.contiguous() for x in (slopes, gates, initial_state))
+    slopes, gates, initial = contiguous(slopes, gates, initial_state)
     final = final_state if output_final_state else None
     scale = 1.0 if scale is None else scale
     tile = forward_tile(q.element_size(), size, columns, architecture(q.device), gates is not None)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, contiguous, on_device
 
 from ..heuristics import MARK, SPAN, backward_segments, backward_tile
 from .sequences import address, bounds, find, first_part, locate, room
@@ -187,9 +187,7 @@ def _backward(
         grad_decay.zero_()
         return
     grad, q, k, v = aligned(grad), aligned(q), aligned(k), aligned(v)
-    slopes, gates, grad_final, initial = (
-        None if x is None else x.contiguous() for x in (slopes, gates, grad_final, initial)
-    )
+    slopes, gates, grad_final, initial = contiguous(slopes, gates, grad_final, initial)
     grad_initial = None if initial is None else grad_initial
     scale = 1.0 if scale is None else scale
     group, device = query_heads // heads, q.device

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, contiguous, on_device, power_of_two
 
 from .walk import expm1
 
@@ -182,12 +182,8 @@ def verify_kernel(
         tl.store(target, result.to(out.dtype.element_ty), mask=exists[:, None] & (value_columns < V))
 
 
-def _blocks(key_size, value_size):
-    return {"K": key_size, "V": value_size, "BLOCK_K": max(triton.next_power_of_2(key_size), 16), "BLOCK_V": BLOCK_V}
-
-
-def _contiguous(*tensors):
-    return [None if x is None else x.contiguous() for x in tensors]
+def blocks(key_size, value_size):
+    return {"K": key_size, "V": value_size, "BLOCK_K": power_of_two(key_size), "BLOCK_V": BLOCK_V}
 
 
 def lightning_attention_step_(out, q, k, v, state, slopes, state_indices, scale):
@@ -195,12 +191,12 @@ def lightning_attention_step_(out, q, k, v, state, slopes, state_indices, scale)
     pool, heads, key_size, value_size = state.shape
     if out.numel() == 0:
         return
-    slopes, state_indices = _contiguous(slopes, state_indices)
+    slopes, state_indices = contiguous(slopes, state_indices)
     with on_device(q):
         step_kernel[(triton.cdiv(value_size, BLOCK_V), heads, rows)](
             out, q, k, v, state, slopes, state_indices, 1.0 if scale is None else float(scale), pool,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *state.stride()[:3],
-            GROUP=query_heads // heads, **_blocks(key_size, value_size),
+            GROUP=query_heads // heads, **blocks(key_size, value_size),
         )  # fmt: skip
 
 
@@ -209,11 +205,11 @@ def lightning_attention_commit_(k, v, state, slopes, path, num_accepted, state_i
     pool, heads, key_size, value_size = state.shape
     if rows * nodes == 0:
         return
-    slopes, path, num_accepted, state_indices = _contiguous(slopes, path, num_accepted, state_indices)
+    slopes, path, num_accepted, state_indices = contiguous(slopes, path, num_accepted, state_indices)
     with on_device(k):
         commit_kernel[(triton.cdiv(value_size, BLOCK_V), heads, rows)](
             k, v, state, slopes, path, num_accepted, state_indices, pool, nodes,
-            *k.stride()[:3], *v.stride()[:3], *state.stride()[:3], **_blocks(key_size, value_size),
+            *k.stride()[:3], *v.stride()[:3], *state.stride()[:3], **blocks(key_size, value_size),
         )  # fmt: skip
 
 
@@ -223,43 +219,20 @@ def lightning_attention_verify(out, q, k, v, state, slopes, parents, state_indic
     if out.numel() == 0:
         return
     group = query_heads // heads
-    slopes, parents, state_indices = _contiguous(slopes, parents, state_indices)
+    slopes, parents, state_indices = contiguous(slopes, parents, state_indices)
     row_blocks = triton.cdiv(nodes * group, BLOCK_M * TILES)
     with on_device(q):
         verify_kernel[(row_blocks * triton.cdiv(value_size, BLOCK_V), heads, rows)](
             out, q, k, v, state, slopes, parents, state_indices, 1.0 if scale is None else float(scale), pool, nodes,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()[:3],
-            GROUP=group, **_blocks(key_size, value_size), **_tiles(q.dtype, key_size, architecture(q.device)),
+            GROUP=group, **blocks(key_size, value_size), **verify_tiles(q.dtype, key_size, architecture(q.device)),
         )  # fmt: skip
 
 
-def _tiles(dtype, key_size, arch):
+def verify_tiles(dtype, key_size, arch):
     """Products of float32 queries run on the ordinary cores, where registers bound the part of a row that a product
     takes. Those of 16 bits with float32 states take three products on tensor cores."""
     full = dtype == torch.float32
-    chunk = min(max(triton.next_power_of_2(key_size), 16), 32 if full else 128)
+    chunk = min(power_of_two(key_size), 32 if full else 128)
     precision = "ieee" if full or arch == "gfx942" else "tf32x3"
     return {"BLOCK_M": BLOCK_M, "TILES": TILES, "CHUNK": chunk, "PRECISION": precision}
-
-
-def aot_cases(arch: str):
-    def case(name, kernel, dtype, constants, **pointers):
-        types = dict.fromkeys(("out", "q", "k", "v"), dtype) | {"state": "*fp32", "slopes": "*fp32", "scale": "fp32"}
-        types |= {"path": "*i32", "num_accepted": "*i32", "parents": "*i32", "state_indices": "*i32"}
-        signature = dict.fromkeys(kernel.arg_names, "i32") | {n: t for n, t in types.items() if n in kernel.arg_names}
-        return name, kernel, signature | pointers, constants, {}
-
-    def verify(name, dtype, torch_dtype, size, group, **absent):
-        tiles = _tiles(torch_dtype, size, arch)
-        return case(name, verify_kernel, dtype, {"GROUP": group} | _blocks(size, size) | tiles | absent)
-
-    return [
-        case("step_bf16_d128", step_kernel, "*bf16", _blocks(128, 128) | {"GROUP": 1}),
-        case("step_fp32_d80_group4", step_kernel, "*fp32", _blocks(80, 80) | {"GROUP": 4, "state_indices": None}),
-        case("step_bf16_d256", step_kernel, "*bf16", _blocks(256, 256) | {"GROUP": 1}),
-        case("commit_bf16_d128", commit_kernel, "*bf16", _blocks(128, 128)),
-        verify("verify_bf16_d128", "*bf16", torch.bfloat16, 128, 1),
-        verify("verify_fp16_d96_chain", "*fp16", torch.float16, 96, 2, parents=None),
-        verify("verify_bf16_d256", "*bf16", torch.bfloat16, 256, 1),
-        verify("verify_fp32_d128", "*fp32", torch.float32, 128, 1, state_indices=None),
-    ]

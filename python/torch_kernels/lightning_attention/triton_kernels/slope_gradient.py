@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from torch_kernels._triton_jit import LOG2E
+
 from ..heuristics import slope_rows, slope_tile
 from .sequences import address, bounds
 from .states import strides
-from .walk import LOG2E, load_rows
+from .walk import load_rows
 
 SUM_BLOCK = 256
 

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton_jit import LOG2E
 
 from ..heuristics import SPAN, forward_segments, split_rows, states_tile
 from .sequences import address, bounds, first_part, locate, room, segment_size
-from .walk import LOG2E, expm1, load_row, load_rows, load_state, store_sum, walk
+from .walk import expm1, load_row, load_rows, load_state, store_sum, walk
 
 SCAN_BLOCK = 1024
 

@@ -17,7 +17,7 @@ differences that are at most zero.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from torch_kernels._triton_jit import LOG2E
 
 
 @triton.jit

@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instances of this family's kernels that the tests compile ahead of time."""
 
+from torch_kernels._triton import aot_case
+
 from ..heuristics import SPAN, attention_tile, features_tile, key_gradient_tile, linear_tile, query_gradient_tile
-from .attention import attention_kernel, head_blocks
-from .attention_backward import key_gradient_kernel, query_gradient_kernel, summary_kernel
+from .attention import attention_kernel
 from .features import features_kernel
+from .key_gradient import key_gradient_kernel, summary_kernel
 from .linear import attend_kernel, states_kernel
 from .mean import BLOCK, PART, mean_kernel
+from .query_gradient import query_gradient_kernel
 from .stretch import CSR_CELLS, csr_columns_kernel
+from .tiles import head_blocks
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CELLS = {"CELLS": 256, "WORDS": 96}
-TENSORS = ("out", "q", "k", "v", "pooled", "grad_q", "grad_k", "grad_v", "grad_pooled", "g", "x", "proj", "a", "b", "c")
+TENSORS = (
+    "out", "q", "k", "v", "pooled", "grad_q", "grad_k", "grad_v", "grad_pooled", "g", "x", "proj", "a", "b", "c",
+    "partner",
+)  # fmt: skip
 FLOAT32 = (
     "lse", "row_gain", "mix", "grad_row_gain", "grad_mix", "along", "states", "norms", "final", "initial", "state",
     "norm", "factor", "weight", "row_factor", "row_weight", "column_factor", "column_weight", "inverses", "dots",
 )  # fmt: skip
 INTEGERS = ("cells", "widths", "counts", "extents", "alarms")
+TYPES = dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INTEGERS, "*i32")
+TYPES |= {"scale": "fp32", "eps": "fp32", "shift": "*fp32"}
 
 
 def _case(name, kernel, kind, constants, absent=(), options=None, types=None):
-    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(FLOAT32, "*fp32") | {"scale": "fp32"}
-    signature |= dict.fromkeys(INTEGERS, "*i32") | dict.fromkeys((*TENSORS, "partner"), f"*{kind}")
-    signature |= {"eps": "fp32", "shift": "*fp32"} | (types or {})
-    signature = {argument: signature[argument] for argument in kernel.arg_names}
-    return name, kernel, signature, constants | dict.fromkeys(absent), options or {}
+    types = dict.fromkeys(TENSORS, f"*{kind}") | TYPES | (types or {})
+    return aot_case(name, kernel, types, constants, absent, options)
 
 
 def _options(tile):

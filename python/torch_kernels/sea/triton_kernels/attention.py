@@ -11,65 +11,24 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, contiguous, on_device
+from torch_kernels._triton_jit import LN2, LOG2E, softmax_step
 
-from ..heuristics import attention_tile, head_chunk, power_of_two
+from ..heuristics import attention_tile
 from .cells import any_bits, boundary, cells_in_tile, cells_of_head, clip_mode, kept_columns, load_widths, lowest_bit
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def load_tile(x, offset, exists, column, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK] elements; zero where a row does not exist and from column SIZE on."""
-    mask = exists[:, None]
-    if SIZE < BLOCK:
-        mask = mask & (column < SIZE)[None, :]
-    return tl.load(x + offset[:, None] + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def products(
-    x_tile, x, x_offset, x_exists, y, y_offset, y_exists,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """x y^T of rows in memory. x_tile is x's, loaded; but float32 takes columns in chunks, to spare registers."""
-    if CHUNK == BLOCK:
-        y_tile = load_tile(y, y_offset, y_exists, tl.arange(0, BLOCK), SIZE, BLOCK)
-        result = tl.dot(x_tile, tl.trans(y_tile), input_precision="ieee")
-    else:
-        result = tl.zeros((x_offset.shape[0], y_offset.shape[0]), tl.float32)
-        for first in range(0, SIZE, CHUNK):
-            column = first + tl.arange(0, CHUNK)
-            x_chunk = load_tile(x, x_offset, x_exists, column, SIZE, SIZE + 1)
-            y_chunk = load_tile(y, y_offset, y_exists, column, SIZE, SIZE + 1)
-            result = tl.dot(x_chunk, tl.trans(y_chunk), result, input_precision="ieee")
-    return result
-
-
-# Zero times a NaN or an infinity is NaN, so in products these reach rows that do not keep them. A program whose result
-# is not finite raises an alarm, and a second launch repairs it: walks that leave out what is not finite, and then count
-# how many of each kind a row keeps. Rows that keep none get the same bits as without them. The kinds:
-CLEAN, INFINITY, MINUS_INFINITY, NAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-
-
-@triton.jit
-def finite(x):
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def flag():
-    """Where in `alarms` this program's is."""
-    program = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    return program * tl.num_programs(0) + tl.program_id(0)
-
-
-@triton.jit
-def not_finite(acc):
-    """1 if anything in it is not."""
-    return (tl.sum(tl.sum(tl.abs(acc), axis=1), axis=0) * 0.0 != 0.0).to(tl.int32)
+from .tiles import (
+    CLEAN,
+    INFINITY,
+    NAN,
+    finite,
+    flag,
+    head_blocks,
+    launch_options,
+    load_tile,
+    not_finite,
+    products,
+    strides,
+)
 
 
 @triton.jit
@@ -84,10 +43,7 @@ def _attend(
     at = column.to(tl.int64)
     scores = products(q_tile, q, q_offset, exists, k, at * k_stride, present, D, BLOCK_D, CHUNK)
     scores = tl.where(kept, scores * score_scale, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    weights, decay = tl.exp2(scores - anchor[:, None]), tl.exp2(peak - anchor)
-    total = total * decay + tl.sum(weights, axis=1)
+    weights, decay, peak, total = softmax_step(scores, peak, total)
     values = load_tile(v, at * v_stride, present, tl.arange(0, BLOCK_DV), DV, BLOCK_DV)
     if SPECIAL:
         infinite = values == tl.where(kind == INFINITY, float("inf"), -float("inf"))
@@ -96,7 +52,7 @@ def _attend(
         weights = tl.where(kind == CLEAN, weights, kept.to(tl.float32))
         decay = tl.where(kind == CLEAN, decay, 1.0)
     acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
-    return acc, new_peak, total
+    return acc, peak, total
 
 
 @triton.jit
@@ -169,6 +125,7 @@ def attention_kernel(
             q, q_offset, exists, k, v, k_stride_t, v_stride_t, words, head, width, keys, limit, score_scale, kind,
             CELLS, WORDS, D, DV, CLIP, M, N, BLOCK_D, BLOCK_DV, CHUNK, REPAIR,
         )  # fmt: skip
+        # As `softmax_end`, in another order, in which float32 takes no stack memory to repair.
         empty = total == 0
         row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
         without = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
@@ -191,28 +148,6 @@ def attention_kernel(
         result = share * result + (1 - share) * context
     target = out + ((batch * rows + row) * heads + head)[:, None] * DV + column[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=exists[:, None] & (column < DV)[None, :])
-
-
-def contiguous(*tensors):
-    return (None if x is None else x.contiguous() for x in tensors)
-
-
-def strides(x):
-    """Of batch, token and head; a pooled context of one row is every row's."""
-    if x is None:
-        return 0, 0, 0
-    return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
-
-
-def head_blocks(size: int, value_size: int, element_size: int) -> dict:
-    return {
-        "D": size, "BLOCK_D": power_of_two(size), "CHUNK": head_chunk(size, element_size),
-        "DV": value_size, "BLOCK_DV": power_of_two(value_size), "CHUNK_V": head_chunk(value_size, element_size),
-    }  # fmt: skip
-
-
-def launch_options(tile) -> dict:
-    return {"M": tile.rows, "N": tile.columns, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def sea_attention(

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, contiguous, on_device
 
 from ..heuristics import SPAN, linear_tile
 
@@ -317,15 +317,11 @@ def _attend(
         )  # fmt: skip
 
 
-def _given(*tensors):
-    return tuple(None if x is None else x.contiguous() for x in tensors)
-
-
 def linear_attention(out, state, norm, q, k, v, causal, initial_state, initial_norm, eps):
     if norm.numel() == 0:
         return
     with on_device(q):
-        initial = _given(initial_state, initial_norm)
+        initial = tuple(contiguous(initial_state, initial_norm))
         states, norms = _states(k, v, None, None, initial, (state, norm), causal)
         if out.numel():
             _attend(out, q, k, v, states, norms, causal, eps=eps, divide=True)
@@ -345,7 +341,7 @@ def linear_attention_backward(
 
     with on_device(q):
         final = empty(features, columns), empty(features)
-        initial = _given(initial_state, initial_norm)
+        initial = tuple(contiguous(initial_state, initial_norm))
         states, norms = _states(k, v, None, None, initial, final, causal)
         tiles = triton.cdiv(columns, linear_tile(q.element_size(), columns, architecture(q.device)).columns)
         inverses, dots = empty(tokens), torch.empty(tiles, batch, heads, tokens, dtype=torch.float32, device=q.device)
@@ -359,7 +355,7 @@ def linear_attention_backward(
         if not causal:
             given = tuple(x if x is not None else y for x, y in zip(given, (empty(features, columns), empty(features))))
         grad_states, grad_norms = _states(
-            q, grad_out, inverses, along, _given(grad_state, grad_norm), given, causal, reverse=True
+            q, grad_out, inverses, along, contiguous(grad_state, grad_norm), given, causal, reverse=True
         )
         if tokens:
             of_rows, of_columns = (inverses, along), (inverses, None)

@@ -6,16 +6,11 @@ instances (name, kernel, signature, constants, options) that the tests compile a
 gfx942.
 """
 
-from . import attention, cache, tree, verify
+from .aot import aot_cases
 from .attention import tree_attention
 from .cache import merge_attention_states, tree_commit_kv_, tree_compact_kv_
 from .tree import tree_mask, tree_positions
 from .verify import tree_verify_greedy, tree_verify_sampling, tree_verify_typical
-
-
-def aot_cases(arch: str):
-    return [case for module in (tree, attention, verify, cache) for case in module.aot_cases(arch)]
-
 
 __all__ = [
     "aot_cases",

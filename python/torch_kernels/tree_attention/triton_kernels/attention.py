@@ -3,34 +3,35 @@
 
 The T*G rows that share a key/value head (T nodes, G query heads per key/value head) are packed into tiles of BLOCK_M,
 so that each tile of keys is loaded once for all of them. A program handles one such tile and one split of the prefix,
-in
-three steps: prefix tiles every row sees in full, without any mask; prefix tiles at the window's edge and at the
-prefix's
-end; and, in the last split, tree tiles from the last to the first, whose mask comes from walking up the parents. A
-second kernel joins the splits.
+in three steps: prefix tiles every row sees in full, without any mask; prefix tiles at the window's edge and at the
+prefix's end; and, in the last split, tree tiles from the last to the first, whose mask comes from walking up the
+parents. A second kernel joins the splits.
 
 Scores are kept in base 2: ``exp(x) = exp2(x * log2(e))``. Splits depend on the row's own prefix and on the head
 configuration only.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, on_device
+from torch_kernels._triton import architecture, contiguous, head_chunk, last_stride_one, on_device, power_of_two
+from torch_kernels._triton_jit import (
+    LN2,
+    LOG2E,
+    is_special,
+    join_splits,
+    load_tile,
+    locate,
+    softmax_end,
+    softmax_step,
+)
 
+from ..heuristics import MIN_SPLIT, TARGET_PROGRAMS, attention_config
 from .tree import depth_of, mark_ancestors, parent_of
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-# A split holds at least this many keys, to keep the traffic of partial results small against that of the keys.
-MIN_SPLIT = 512
-# Programs that fill the GPUs this is written for. A constant, so that every device splits alike.
-TARGET_PROGRAMS = 128
 COMBINE_ROWS = 8
 
 
@@ -69,33 +70,6 @@ def _split_plan(prefix, window, max_splits, HAS_WINDOW: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
-def _locate(slots, wanted, block_table, pages, batch_stride, slot_stride, PAGE: tl.constexpr):
-    """Element offsets of cache slots, and which of the wanted slots exist (a block table may hold anything)."""
-    if PAGE > 0:
-        page = tl.load(block_table + slots // PAGE, mask=wanted, other=-1).to(tl.int64)
-        offset = page * batch_stride + (slots % PAGE).to(tl.int64) * slot_stride
-        exists = (page >= 0) & (page < pages)
-    else:
-        offset = slots.to(tl.int64) * slot_stride
-        exists = wanted
-    return offset, exists
-
-
-@triton.jit
-def _load_tile(base, offsets, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, BLOCK] elements at base + offsets[row]; zero where a row does not exist and beyond SIZE."""
-    column = tl.arange(0, BLOCK)
-    pointers = base + offsets[:, None] + column[None, :]
-    if MASKED:
-        tile = tl.load(pointers, mask=exists[:, None] & (column < SIZE)[None, :], other=0.0)
-    elif SIZE < BLOCK:
-        tile = tl.load(pointers, mask=(column < SIZE)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
 def _scores(
     q, q_tile, q_offset, q_exists, base, offset, exists,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -103,7 +77,7 @@ def _scores(
     """Products of the query rows with the keys at base + offset; float32 takes the head size in chunks, to spare
     registers."""
     if CHUNK == BLOCK:
-        k = _decode(_load_tile(base, offset, exists, SIZE, BLOCK, MASKED), q_tile.dtype)
+        k = _decode(load_tile(base, offset, exists, SIZE, BLOCK, MASKED), q_tile.dtype)
         scores = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
     else:
         scores = tl.zeros((q_offset.shape[0], offset.shape[0]), tl.float32)
@@ -118,9 +92,8 @@ def _scores(
 
 @triton.jit
 def _finite(v):
-    """v with 0 for NaN and infinities, and whether there were any. Zero times them would reach rows that do not see
-    them."""
-    special = (v != v) | (tl.abs(v) == float("inf"))
+    """v with 0 for NaN and infinities, and whether there were any."""
+    special = is_special(v)
     return tl.where(special, 0.0, v).to(v.dtype), tl.max(tl.max(special.to(tl.int32), axis=1), axis=0)
 
 
@@ -129,27 +102,23 @@ def _attend(
     scores, v, visible, acc, peak, total, score_scale, softcap,
     MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax."""
+    """Adds what a tile of keys gives."""
     scores *= score_scale
     if HAS_SOFTCAP:
         scores = softcap * LOG2E * _tanh(scores / softcap, v.dtype == tl.float32)
     if MASKED:
         scores = tl.where(visible, scores, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    weights = tl.exp2(scores - anchor[:, None])
-    decay = tl.exp2(peak - anchor)
-    total = total * decay + tl.sum(weights, axis=1)
+    weights, decay, peak, total = softmax_step(scores, peak, total)
     acc = acc * decay[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, new_peak, total
+    return acc, peak, total
 
 
 @triton.jit
 def _add_special(results, offset, v, seen, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """Adds the NaN and infinities of one key's values to the results of the rows that see it."""
     d = tl.arange(0, BLOCK_DV)
-    special = (v != v) | (tl.abs(v) == float("inf"))
+    special = is_special(v)
     affected = seen[:, None] & (special & (d < DV))[None, :]
     target = results + offset[:, None] + d[None, :]
     result = tl.load(target, mask=affected, other=0.0).to(tl.float32) + v[None, :]
@@ -196,7 +165,7 @@ def tree_attention_kernel(
     full_end = tl.maximum(tl.maximum(end - begin, 0) // BLOCK_N, full_begin)
 
     q_offset = batch * q_stride_b + node.to(tl.int64) * q_stride_t + query_head * q_stride_h
-    q_tile = _load_tile(q, q_offset, node < nodes, D, BLOCK_D, True)
+    q_tile = load_tile(q, q_offset, node < nodes, D, BLOCK_D, True)
     k_cache += head * k_stride_h
     v_cache += head * v_stride_h
     if PAGE > 0:
@@ -222,12 +191,12 @@ def tree_attention_kernel(
 
     for tile in range(full_begin, full_end):
         slot = begin + tile * BLOCK_N + column
-        k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
-        v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+        k_offset, exists = locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
+        v_offset, exists = locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
         scores = _scores(
             q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, PAGE > 0, PRECISION
         )
-        v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, PAGE > 0), q_tile.dtype)
+        v = _decode(load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, PAGE > 0), q_tile.dtype)
         acc, peak, total = _attend(
             scores, v, exists[None, :], acc, peak, total, cache_scale, softcap, PAGE > 0, HAS_SOFTCAP, PRECISION
         )
@@ -236,12 +205,12 @@ def tree_attention_kernel(
     for step in range(tiles - (full_end - full_begin)):
         tile = tl.where(step < full_begin, step, tiles - 1)
         slot = begin + tile * BLOCK_N + column
-        k_offset, exists = _locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
-        v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+        k_offset, exists = locate(slot, slot < end, block_table, pages, k_stride_b, k_stride_s, PAGE)
+        v_offset, exists = locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
         scores = _scores(
             q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION
         )
-        v = _decode(_load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True), q_tile.dtype)
+        v = _decode(load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True), q_tile.dtype)
         visible = exists[None, :]
         if HAS_WINDOW:
             visible = visible & (prefix + depth[:, None] - slot[None, :] < window)
@@ -277,17 +246,17 @@ def tree_attention_kernel(
             scores = _scores(
                 q, q_tile, q_offset, node < nodes, k_base, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION
             )
-            v = _load_tile(v_base, key.to(tl.int64) * vt_stride_t, exists, DV, BLOCK_DV, True)
+            v = load_tile(v_base, key.to(tl.int64) * vt_stride_t, exists, DV, BLOCK_DV, True)
             score_scale = tree_scale
         else:
             slot = prefix + key
             wanted = (key < nodes) & (slot < capacity)
-            k_offset, exists = _locate(slot, wanted, block_table, pages, k_stride_b, k_stride_s, PAGE)
-            v_offset, exists = _locate(slot, wanted, block_table, pages, v_stride_b, v_stride_s, PAGE)
+            k_offset, exists = locate(slot, wanted, block_table, pages, k_stride_b, k_stride_s, PAGE)
+            v_offset, exists = locate(slot, wanted, block_table, pages, v_stride_b, v_stride_s, PAGE)
             scores = _scores(
                 q, q_tile, q_offset, node < nodes, k_cache, k_offset, exists, D, BLOCK_D, CHUNK, True, PRECISION
             )
-            v = _load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True)
+            v = load_tile(v_cache, v_offset, exists, DV, BLOCK_DV, True)
             score_scale = cache_scale
         v, found = _finite(_decode(v, q_tile.dtype))
         special = tl.maximum(special, found)
@@ -300,10 +269,7 @@ def tree_attention_kernel(
         if k_tree is None:
             acc *= value_scale
 
-    # Rows that saw nothing, and padding, give 0 and -inf.
-    empty = total == 0
-    result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
-    row_lse = tl.where(empty, -float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    result, row_lse = softmax_end(acc, peak, total)
     # The rows again: computed anew, in other words than above, they occupy no registers during the loops.
     row = (tl.program_id(0) - split * row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     node = row // GROUP
@@ -329,7 +295,7 @@ def tree_attention_kernel(
         for tile in range(full_begin):
             for step in range(BLOCK_N):
                 slot = begin + tile * BLOCK_N + step + d * 0
-                v_offset, exists = _locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
+                v_offset, exists = locate(slot, slot < end, block_table, pages, v_stride_b, v_stride_s, PAGE)
                 v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0.0), q_tile.dtype).to(
                     tl.float32
                 )
@@ -341,7 +307,7 @@ def tree_attention_kernel(
                 v = tl.load(v_base + tl.cast(key, tl.int64) * vt_stride_t + d, mask=d < DV, other=0.0).to(tl.float32)
             else:
                 slot = prefix + key + d * 0
-                v_offset, exists = _locate(slot, slot < capacity, block_table, pages, v_stride_b, v_stride_s, PAGE)
+                v_offset, exists = locate(slot, slot < capacity, block_table, pages, v_stride_b, v_stride_s, PAGE)
                 v = _decode(tl.load(v_cache + v_offset + d, mask=exists & (d < DV), other=0.0), q_tile.dtype).to(
                     tl.float32
                 )
@@ -372,76 +338,20 @@ def combine_kernel(
     prefix = tl.minimum(tl.maximum(tl.load(prefix_lens + batch), 0), capacity).to(tl.int32)
     _, _, splits = _split_plan(prefix, window, max_splits, HAS_WINDOW, BLOCK_N, MIN_KEYS)
 
-    index = (batch * tl.num_programs(1) + head) * split_capacity * nodes * GROUP + row
+    first = (batch * tl.num_programs(1) + head) * split_capacity * nodes * GROUP + row
     present = node < nodes
+    result, row_lse = join_splits(
+        partial_out, partial_lse, first, nodes * GROUP, splits, present, DV, BLOCK_M, BLOCK_DV
+    )  # fmt: skip
     d = tl.arange(0, BLOCK_DV)
     inside = present[:, None] & (d < DV)[None, :]
-    peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    for split in range(splits):
-        peak = tl.maximum(peak, tl.load(partial_lse + index + split * nodes * GROUP, mask=present, other=-float("inf")))
-    peak = tl.where(peak == -float("inf"), 0.0, peak)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(splits):
-        at = index + split * nodes * GROUP
-        weight = tl.exp2(tl.load(partial_lse + at, mask=present, other=-float("inf")) - peak)
-        part = tl.load(partial_out + at[:, None] * DV + d[None, :], mask=inside, other=0.0)
-        acc += tl.where((weight == 0)[:, None], 0.0, weight[:, None] * part)
-        total += weight
-
-    empty = total == 0
-    result = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
-    row_lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     offset = batch * out_stride_b + node.to(tl.int64) * out_stride_t + query_head * out_stride_h
     tl.store(out + offset[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + (batch * tl.num_programs(1) * GROUP + query_head) * nodes + node, row_lse, mask=present)
-
-
-class Config(NamedTuple):
-    """Tile sizes and launch options of one kernel instance."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int | bool]:
-        # Tiles with and without a mask must round alike, or a paged cache would give other bits than a contiguous one:
-        # no multiplication may be fused into an addition in one of them only.
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
-
-
-def attention_config(
-    rows: int, head_size: int, value_size: int, element_size: int, quantised: bool, softcap: bool, arch: str
-) -> Config:
-    """The largest tiles that do not spill, for `rows` packed rows per key/value head; element_size is the queries'."""
-    widest = max(triton.next_power_of_2(head_size), triton.next_power_of_2(value_size))
-    if element_size == 4:
-        # Full float32 products run on the ordinary cores, where registers bound the tile.
-        return Config(16, 16, 4 if widest <= 128 else 8, 1)
-    block_m = max(triton.next_power_of_2(rows), 16)
-    if arch in ("sm_90", "sm_100"):
-        block_m = min(block_m, 128 if widest <= 128 else 64)
-        wide_keys = widest <= 128 and (block_m == 16 or (arch == "sm_90" and not quantised))
-        return Config(block_m, 64 if wide_keys else 32, 8 if block_m * widest > 64 * 64 else 4, 3)
-    if widest > 128:
-        return Config(min(block_m, 32), 16, 4, 2)
-    # Tiles of 64 rows spill where those of 128, with twice the warps, do not.
-    block_m = 128 if block_m >= 128 and not softcap else min(block_m, 32)
-    return Config(block_m, 64 if block_m == 16 else 32, 8 if block_m == 128 else 4, 2)
-
-
-def chunk(head_size: int, element_size: int) -> int:
-    """How much of the head size one product of queries and keys takes: all of it on tensor cores."""
-    return min(max(triton.next_power_of_2(head_size), 16), 32 if element_size == 4 else 256)
+    tl.store(lse + (batch * tl.num_programs(1) * GROUP + query_head) * nodes + node, row_lse * LN2, mask=present)
 
 
 def has_float8(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def last_stride_one(x):
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def tree_attention(
@@ -471,118 +381,30 @@ def tree_attention(
         )
         partial_lse = torch.empty(batch, kv_heads, split_capacity, nodes * group, dtype=torch.float32, device=q.device)
 
-    q, k_cache, v_cache, k_tree, v_tree = map(last_stride_one, (q, k_cache, v_cache, k_tree, v_tree))
+    q, k_cache, v_cache, k_tree, v_tree = last_stride_one(q, k_cache, v_cache, k_tree, v_tree)
     if k_cache.dtype == torch.float8_e4m3fn and not has_float8(q.device):
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     if k_scale is not None:
         k_scale, v_scale = k_scale.expand(kv_heads).contiguous(), v_scale.expand(kv_heads).contiguous()
     tree_strides = (*k_tree.stride()[:3], *v_tree.stride()[:3]) if k_tree is not None else (0,) * 6
-    table = block_table.contiguous() if paged else None
-    parents, prefix_lens = parents.contiguous(), prefix_lens.contiguous()
+    table, parents, prefix_lens, sinks = contiguous(block_table, parents, prefix_lens, sinks)
     with on_device(q):
         tree_attention_kernel[(row_tiles * split_capacity, kv_heads, batch)](
             out, lse, partial_out, partial_lse, q, k_cache, v_cache, prefix_lens, parents, k_tree, v_tree, table,
-            sinks.contiguous() if sinks is not None else None, k_scale, v_scale,
+            sinks, k_scale, v_scale,
             1.0 / math.sqrt(head_size) if scale is None else float(scale), float(softcap), window, nodes, capacity,
             k_cache.shape[0],
             max_splits, split_capacity, table.shape[1] if paged else 0,
             *out.stride()[:3], *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *tree_strides,
             GROUP=group, D=head_size, DV=value_size, PAGE=page, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
             SPLIT=split_capacity > 1, PRECISION="ieee", MIN_KEYS=MIN_SPLIT, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=max(triton.next_power_of_2(head_size), 16), BLOCK_DV=max(triton.next_power_of_2(value_size), 16),
-            CHUNK=chunk(head_size, q.element_size()), **config.options(),
+            BLOCK_N=config.block_n, BLOCK_D=power_of_two(head_size), BLOCK_DV=power_of_two(value_size),
+            CHUNK=head_chunk(head_size, q.element_size()), **config.options(),
         )  # fmt: skip
         if split_capacity > 1:
             combine_kernel[(triton.cdiv(nodes * group, COMBINE_ROWS), kv_heads, batch)](
                 out, lse, partial_out, partial_lse, prefix_lens, window, nodes, capacity, max_splits, split_capacity,
                 *out.stride()[:3],
                 GROUP=group, DV=value_size, HAS_WINDOW=window > 0, MIN_KEYS=MIN_SPLIT, BLOCK_M=COMBINE_ROWS,
-                BLOCK_N=config.block_n,
-                BLOCK_DV=max(triton.next_power_of_2(value_size), 16), num_warps=4,
+                BLOCK_N=config.block_n, BLOCK_DV=power_of_two(value_size), num_warps=4,
             )  # fmt: skip
-
-
-def _aot_case(
-    name,
-    arch,
-    *,
-    dtype,
-    cache=None,
-    head_size,
-    group,
-    nodes=64,
-    page=0,
-    window=False,
-    softcap=False,
-    split=False,
-    tree=True,
-):
-    """An instance of the attention kernel as the launcher would make it. ``cache`` is the type of a quantised cache."""
-    element_size = 4 if dtype == "*fp32" else 2
-    config = attention_config(nodes * group, head_size, head_size, element_size, cache is not None, softcap, arch)
-    block_d = max(triton.next_power_of_2(head_size), 16)
-    constants = {
-        "GROUP": group, "D": head_size, "DV": head_size, "PAGE": page, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap,
-        "SPLIT": split,
-        "PRECISION": "ieee", "MIN_KEYS": MIN_SPLIT, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d, "BLOCK_DV": block_d, "CHUNK": chunk(head_size, element_size),
-    }  # fmt: skip
-    signature = dict.fromkeys(tree_attention_kernel.arg_names, "i32")
-    signature |= {
-        "out": dtype,
-        "lse": "*fp32",
-        "q": dtype,
-        "k_cache": cache or dtype,
-        "v_cache": cache or dtype,
-        "scale": "fp32",
-    }
-    signature |= {"prefix_lens": "*i32", "parents": "*i32", "softcap": "fp32"}
-    optional = {
-        "partial_out": split,
-        "partial_lse": split,
-        "k_tree": tree,
-        "v_tree": tree,
-        "block_table": page > 0,
-        "sinks": window,
-    }
-    optional |= {"k_scale": cache, "v_scale": cache}
-    types = dict.fromkeys(optional, "*fp32") | {"k_tree": dtype, "v_tree": dtype, "block_table": "*i32"}
-    signature |= {argument: types[argument] for argument, given in optional.items() if given}
-    constants |= {argument: None for argument, given in optional.items() if not given}
-    return (
-        name,
-        tree_attention_kernel,
-        signature,
-        constants,
-        config.options(),
-    )
-
-
-def aot_cases(arch: str):
-    float8 = "*u8" if arch in ("sm_80", "gfx942") else "*fp8e4nv"
-    combine = dict.fromkeys(combine_kernel.arg_names, "i32")
-    combine |= {"out": "*bf16", "lse": "*fp32", "partial_out": "*fp32", "partial_lse": "*fp32", "prefix_lens": "*i32"}
-    constants = {
-        "GROUP": 4,
-        "DV": 128,
-        "HAS_WINDOW": False,
-        "MIN_KEYS": MIN_SPLIT,
-        "BLOCK_M": COMBINE_ROWS,
-        "BLOCK_N": 64,
-        "BLOCK_DV": 128,
-    }
-    return [
-        _aot_case("attention_bf16_d128_paged_split", arch, dtype="*bf16", head_size=128, group=4, page=16, split=True),
-        _aot_case(
-            "attention_fp16_d64_window_sinks", arch, dtype="*fp16", head_size=64, group=8, window=True, tree=False
-        ),
-        _aot_case("attention_bf16_d80_softcap", arch, dtype="*bf16", head_size=80, group=4, softcap=True),
-        _aot_case("attention_bf16_d256_split", arch, dtype="*bf16", head_size=256, group=2, split=True),
-        _aot_case(
-            "attention_bf16_d128_float8_split", arch, dtype="*bf16", cache=float8, head_size=128, group=4, split=True
-        ),
-        _aot_case("attention_bf16_d128_few_rows", arch, dtype="*bf16", head_size=128, group=4, nodes=4, split=True),
-        _aot_case("attention_fp32_d128_paged", arch, dtype="*fp32", head_size=128, group=4, page=16),
-        ("combine_bf16_d128", combine_kernel, combine, constants, {"num_warps": 4}),
-    ]

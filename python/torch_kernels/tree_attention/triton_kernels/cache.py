@@ -5,13 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import on_device
-
-
-@triton.jit
-def _round(x):
-    """To the nearest integer, ties to even, for |x| < 2^22."""
-    return (x + 12582912.0) - 12582912.0
+from torch_kernels._triton import contiguous, on_device
+from torch_kernels._triton_jit import locate, round_to_even
 
 
 @triton.jit
@@ -21,23 +16,17 @@ def _float8_bits(x):
     magnitude = bits & 0x7FFFFFFF
     # Keep three mantissa bits and move the exponent's bias from 127 to 7; below 2^-6 the format is a multiple of 2^-9.
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    small = _round(tl.abs(x) * 512.0).to(tl.int32)
+    small = round_to_even(tl.abs(x) * 512.0).to(tl.int32)
     code = tl.where(tl.abs(x) < 0.015625, small, normal)
     code = tl.where(x != x, 0x7F, code)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
-def _cache_offset(slot, wanted, block_table, blocks, capacity, batch, stride_b, stride_s, PAGE: tl.constexpr):
-    """Element offset of cache slots of one sequence, and which of them exist."""
-    exists = wanted & (slot >= 0) & (slot < capacity)
-    if PAGE > 0:
-        page = tl.load(block_table + slot // PAGE, mask=exists, other=-1).to(tl.int64)
-        offset = page * stride_b + slot % PAGE * stride_s
-        exists = exists & (page >= 0) & (page < blocks)
-    else:
-        offset = batch * stride_b + slot * stride_s
-    return offset, exists
+def _locate_inside(slot, wanted, block_table, pages, capacity, page_stride, slot_stride, PAGE: tl.constexpr):
+    """As `locate`, of slots that may lie outside the sequence's own."""
+    inside = wanted & (slot >= 0) & (slot < capacity)
+    return locate(slot, inside, block_table, pages, page_stride, slot_stride, PAGE)
 
 
 @triton.jit
@@ -47,9 +36,9 @@ def _path_nodes(path, num_accepted, path_length):
     return tl.where(tl.load(path) >= 0, count, 0)
 
 
-@triton.jit(do_not_specialize=["path_length", "nodes", "capacity", "blocks", "table_stride"])
+@triton.jit(do_not_specialize=["path_length", "nodes", "capacity", "pages", "table_stride"])
 def tree_commit_kv_kernel(
-    cache, tree, prefix_lens, path, num_accepted, block_table, scale, path_length, nodes, capacity, blocks,
+    cache, tree, prefix_lens, path, num_accepted, block_table, scale, path_length, nodes, capacity, pages,
     table_stride,
     cache_stride_b, cache_stride_s, cache_stride_h, cache_stride_d, tree_stride_b, tree_stride_t, tree_stride_h,
     tree_stride_d,
@@ -65,9 +54,11 @@ def tree_commit_kv_kernel(
     slot = tl.load(prefix_lens + batch).to(tl.int64) + j
     if PAGE > 0:
         block_table += batch * table_stride
-    offset, exists = _cache_offset(
-        slot, accepted, block_table, blocks, capacity, batch, cache_stride_b, cache_stride_s, PAGE
-    )
+    else:
+        cache += batch * cache_stride_b
+    offset, exists = _locate_inside(
+        slot, accepted, block_table, pages, capacity, cache_stride_b, cache_stride_s, PAGE
+    )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (d < SIZE)[None, :]
@@ -79,16 +70,16 @@ def tree_commit_kv_kernel(
         x = x.to(tl.float32)
         x = tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
         if LIMIT == 127:
-            x = tl.where(x != x, 0.0, _round(x)).to(tl.int8)
+            x = tl.where(x != x, 0.0, round_to_even(x)).to(tl.int8)
         else:
             x = _float8_bits(x)
     target = offset + head * cache_stride_h
     tl.store(cache + target[:, None] + d[None, :] * cache_stride_d, x.to(cache.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["path_length", "capacity", "blocks", "table_stride"])
+@triton.jit(do_not_specialize=["path_length", "capacity", "pages", "table_stride"])
 def tree_compact_kv_kernel(
-    cache, prefix_lens, path, num_accepted, block_table, path_length, capacity, blocks, table_stride,
+    cache, prefix_lens, path, num_accepted, block_table, path_length, capacity, pages, table_stride,
     stride_b, stride_s, stride_h, stride_d,
     SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -103,18 +94,20 @@ def tree_compact_kv_kernel(
     path += batch * path_length
     if PAGE > 0:
         block_table += batch * table_stride
+    else:
+        cache += batch * stride_b
     prefix = tl.load(prefix_lens + batch).to(tl.int64)
     count = _path_nodes(path, num_accepted + batch, path_length)
     for first in range(0, count, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         node = tl.load(path + j, mask=j < count, other=-1).to(tl.int64)
         wanted = (node >= 0) & (node < path_length)
-        source, has_source = _cache_offset(
-            prefix + node, wanted, block_table, blocks, capacity, batch, stride_b, stride_s, PAGE
-        )
-        target, has_target = _cache_offset(
-            prefix + j, wanted, block_table, blocks, capacity, batch, stride_b, stride_s, PAGE
-        )
+        source, has_source = _locate_inside(
+            prefix + node, wanted, block_table, pages, capacity, stride_b, stride_s, PAGE
+        )  # fmt: skip
+        target, has_target = _locate_inside(
+            prefix + j, wanted, block_table, pages, capacity, stride_b, stride_s, PAGE
+        )  # fmt: skip
         moved = (has_source & has_target)[:, None] & (d < SIZE)[None, :]
         rows = tl.load(cache + source[:, None], mask=moved)
         tl.debug_barrier()
@@ -168,7 +161,7 @@ def _layout(cache, block_table):
 
 def tree_commit_kv_(k_cache, v_cache, k_tree, v_tree, prefix_lens, path, num_accepted, block_table, k_scale, v_scale):
     batch, length = path.shape
-    prefix_lens, path, num_accepted = prefix_lens.contiguous(), path.contiguous(), num_accepted.contiguous()
+    prefix_lens, path, num_accepted = contiguous(prefix_lens, path, num_accepted)
     for cache, tree, scale in ((k_cache, k_tree, k_scale), (v_cache, v_tree, v_scale)):
         heads, size = cache.shape[2:]
         if batch * length * heads * size * tree.shape[1] == 0:
@@ -186,7 +179,7 @@ def tree_commit_kv_(k_cache, v_cache, k_tree, v_tree, prefix_lens, path, num_acc
 
 def tree_compact_kv_(k_cache, v_cache, prefix_lens, path, num_accepted, block_table):
     batch, length = path.shape
-    prefix_lens, path, num_accepted = prefix_lens.contiguous(), path.contiguous(), num_accepted.contiguous()
+    prefix_lens, path, num_accepted = contiguous(prefix_lens, path, num_accepted)
     for cache in (k_cache, v_cache):
         heads, size = cache.shape[2:]
         if batch * length * heads * size == 0:
@@ -212,30 +205,3 @@ def merge_attention_states(out, lse, out_a, lse_a, out_b, lse_b):
             heads,
             SIZE=size, BLOCK_M=16, BLOCK_D=max(triton.next_power_of_2(size), 1),
         )  # fmt: skip
-
-
-def aot_cases(arch: str):
-    def case(name, kernel, pointers, constants):
-        return name, kernel, dict.fromkeys(kernel.arg_names, "i32") | pointers, constants, {}
-
-    indices = {"prefix_lens": "*i32", "path": "*i32", "num_accepted": "*i32", "block_table": "*i32"}
-    commit = {"SIZE": 128, "LIMIT": 448, "PAGE": 16, "BLOCK_J": 8, "BLOCK_D": 128}
-    states = {"out": "*bf16", "lse": "*fp32", "out_a": "*bf16", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32"}
-    float8 = indices | {"cache": "*u8", "tree": "*bf16", "scale": "*fp32"}
-    return [
-        case("commit_float8_paged", tree_commit_kv_kernel, float8, commit),
-        case("commit_int8_paged", tree_commit_kv_kernel, float8 | {"cache": "*i8"}, commit | {"LIMIT": 127}),
-        case(
-            "commit_bf16",
-            tree_commit_kv_kernel,
-            indices | {"cache": "*bf16", "tree": "*bf16"},
-            commit | {"LIMIT": 0, "PAGE": 0, "scale": None, "block_table": None},
-        ),
-        case(
-            "compact_paged",
-            tree_compact_kv_kernel,
-            indices | {"cache": "*i16"},
-            {"SIZE": 128, "PAGE": 16, "BLOCK_J": 16, "BLOCK_D": 64},
-        ),
-        case("merge_bf16", merge_attention_states_kernel, states, {"SIZE": 128, "BLOCK_M": 16, "BLOCK_D": 128}),
-    ]

@@ -2,9 +2,8 @@
 """Walks over a tree given by its parents, and the ops that are nothing but a walk.
 
 A walk starts at many nodes at once and follows parents until every one has arrived at -1 (a root) or -2 (padding). A
-parent that is
-not an earlier node counts as padding, so indices strictly decrease: a walk ends and stays inside the tensor whatever
-it holds.
+parent that is not an earlier node counts as padding, so indices strictly decrease: a walk ends and stays inside the
+tensor whatever it holds.
 """
 
 import torch
@@ -38,9 +37,8 @@ def mark_ancestors(parents, node, reach, first, BLOCK_N: tl.constexpr):
     tile.
 
     ``node`` is where each row stands, ``reach`` how many more nodes it may see, itself included. Ancestors have
-    smaller indices, so a row
-    never needs a tile that it has left. Returns which of columns first .. first+BLOCK_N-1 the rows see, and the moved
-    node and reach.
+    smaller indices, so a row never needs a tile that it has left. Returns which of columns first .. first+BLOCK_N-1
+    the rows see, and the moved node and reach.
     """
     columns = first + tl.arange(0, BLOCK_N)
     visible = (node != node)[:, None] & (columns < 0)[None, :]  # nothing yet
@@ -93,17 +91,3 @@ def tree_positions(positions, parents, prefix_lens):
         with on_device(parents):
             grid = (triton.cdiv(nodes, 128), batch)
             tree_positions_kernel[grid](positions, parents.contiguous(), prefix_lens.contiguous(), nodes, BLOCK=128)
-
-
-def aot_cases(arch: str):
-    pointers = {"parents": "*i32", "prefix_lens": "*i32", "nodes": "i32"}
-    return [
-        (
-            "tree_mask",
-            tree_mask_kernel,
-            {"mask": "*u8", "parents": "*i32", "nodes": "i32"},
-            {"BLOCK_M": 16, "BLOCK_N": 64},
-            {},
-        ),
-        ("tree_positions", tree_positions_kernel, {"positions": "*i32"} | pointers, {"BLOCK": 128}, {}),
-    ]

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import on_device
+from torch_kernels._triton import on_device, power_of_two
 
 from .tree import parent_of
 
@@ -68,17 +68,9 @@ def tree_verify_greedy_kernel(
     last, depth = _deepest(parents + start, matches + start, nodes, BLOCK_T)
     next_token = tl.load(target_tokens + start + tl.maximum(last, 0))
     _emit(
-        path + start,
-        num_accepted + batch,
-        tokens + start,
-        draft_tokens + start,
-        parents + start,
-        last,
-        depth,
-        next_token,
-        nodes,
-        BLOCK_T,
-    )
+        path + start, num_accepted + batch, tokens + start, draft_tokens + start, parents + start, last, depth,
+        next_token, nodes, BLOCK_T,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -194,17 +186,9 @@ def tree_verify_typical_kernel(
         tl.debug_barrier()
         next_token = _inverse_cdf(mass, tl.load(uniforms + batch * (nodes + 1) + nodes), vocabulary, BLOCK_V)
     _emit(
-        path + start,
-        num_accepted + batch,
-        tokens + start,
-        draft_tokens + start,
-        parents + start,
-        last,
-        depth,
-        next_token,
-        nodes,
-        BLOCK_T,
-    )
+        path + start, num_accepted + batch, tokens + start, draft_tokens + start, parents + start, last, depth,
+        next_token, nodes, BLOCK_T,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -308,21 +292,9 @@ def tree_verify_sampling_kernel(
 
     next_token = _inverse_cdf(r, tl.load(uniforms + nodes), vocabulary, BLOCK_V)
     _emit(
-        path + start,
-        num_accepted + batch,
-        tokens + start,
-        draft_tokens,
-        parents,
-        last,
-        depth,
-        next_token,
-        nodes,
-        BLOCK_T,
-    )
-
-
-def _nodes_block(nodes):
-    return max(triton.next_power_of_2(nodes), 16)
+        path + start, num_accepted + batch, tokens + start, draft_tokens, parents, last, depth, next_token,
+        nodes, BLOCK_T,
+    )  # fmt: skip
 
 
 def _vocabulary_block(vocabulary):
@@ -350,7 +322,7 @@ def tree_verify_greedy(path, num_accepted, tokens, draft_tokens, target_tokens, 
         tree_verify_greedy_kernel[(batch,)](
             path, num_accepted, tokens, matches, draft_tokens.contiguous(), target_tokens.contiguous(),
             parents.contiguous(), nodes,
-            BLOCK_T=_nodes_block(nodes),
+            BLOCK_T=power_of_two(nodes),
         )  # fmt: skip
 
 
@@ -376,7 +348,7 @@ def tree_verify_typical(
         tree_verify_typical_kernel[(batch,)](
             path, num_accepted, tokens, matches, mass, draft_tokens, target_logits, parents,
             None if uniforms is None else uniforms.contiguous(), _bits(temperature), nodes, vocabulary, *strides,
-            BLOCK_T=_nodes_block(nodes), BLOCK_V=block, num_warps=8,
+            BLOCK_T=power_of_two(nodes), BLOCK_V=block, num_warps=8,
         )  # fmt: skip
 
 
@@ -400,43 +372,5 @@ def tree_verify_sampling(
             uniforms.contiguous(),
             draft_probs, nodes, vocabulary, *target_probs.stride()[:2],
             *(draft_probs.stride()[:2] if q is not None else (0, 0)),
-            REPLACEMENT=replacement, BLOCK_T=_nodes_block(nodes), BLOCK_V=_vocabulary_block(vocabulary), num_warps=8,
+            REPLACEMENT=replacement, BLOCK_T=power_of_two(nodes), BLOCK_V=_vocabulary_block(vocabulary), num_warps=8,
         )  # fmt: skip
-
-
-def aot_cases(arch: str):
-    def case(name, kernel, pointers, constants):
-        signature = (
-            dict.fromkeys(kernel.arg_names, "i32")
-            | dict.fromkeys(["temperature", "epsilon", "delta"], "i64")
-            | pointers
-        )
-        options = {"num_warps": 8 if "BLOCK_V" in constants else 4}
-        return name, kernel, {argument: signature[argument] for argument in kernel.arg_names}, constants, options
-
-    outputs = {
-        "path": "*i32",
-        "num_accepted": "*i32",
-        "tokens": "*i64",
-        "matches": "*i32",
-        "draft_tokens": "*i64",
-        "parents": "*i32",
-    }
-    probs = outputs | {"r": "*fp64", "q": "*fp64", "target_probs": "*fp32", "draft_probs": "*fp32", "uniforms": "*fp32"}
-    logits = outputs | {"mass": "*fp64", "target_logits": "*bf16", "uniforms": "*fp32"}
-    blocks = {"BLOCK_T": 64, "BLOCK_V": 1024}
-    return [
-        case("verify_greedy", tree_verify_greedy_kernel, outputs | {"target_tokens": "*i64"}, {"BLOCK_T": 64}),
-        case("verify_typical_matches", typical_matches_kernel, logits, {"BLOCK_V": 1024}),
-        case("verify_typical_argmax", tree_verify_typical_kernel, logits, blocks | {"uniforms": None, "mass": None}),
-        case("verify_typical_sampled", tree_verify_typical_kernel, logits, blocks),
-        case(
-            "verify_sampling_one_hot",
-            tree_verify_sampling_kernel,
-            probs,
-            blocks | {"REPLACEMENT": True, "q": None, "draft_probs": None},
-        ),
-        case(
-            "verify_sampling_without_replacement", tree_verify_sampling_kernel, probs, blocks | {"REPLACEMENT": False}
-        ),
-    ]
