@@ -2,8 +2,8 @@
 """The CPU kernels, and the CUDA kernels in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The modules are built into build/sanitize and kept there; a first build takes minutes. By default it has one instruction
-set: AVX2, which other tests do not run where there is a better one; nightly all that run here. torch's memory comes from
-the sanitizer's allocator, so a kernel that reads or writes one element past a tensor is reported.
+set: AVX2, which other tests do not run where there is a better one; nightly all that run here. torch's memory comes
+from the sanitizer's allocator, so a kernel that reads or writes one element past a tensor is reported.
 """
 
 from __future__ import annotations
