@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Makes a virtual environment with everything that building, testing and measuring needs.
 # A machine whose own torch sees a GPU keeps that torch; any other gets the release the project is tested with.
+# Python compiles what it imports; pip would compile all files of torch and transformers.
 set -eu
 venv=$1
 python=${PYTHON:-python3}
@@ -10,8 +11,8 @@ if "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/
   "$python" -m venv --system-site-packages "$venv"
 else
   "$python" -m venv "$venv"
-  "$venv/bin/pip" install --quiet --upgrade pip
-  "$venv/bin/pip" install --quiet torch==2.13.0 numpy
+  "$venv/bin/pip" install --quiet --no-compile --upgrade pip
+  "$venv/bin/pip" install --quiet --no-compile torch==2.13.0 numpy
 fi
 "$venv/bin/python" - >"$venv/requirements.txt" <<'EOF'
 try:
@@ -24,9 +25,9 @@ for extra in ("test", "bench", "demo", "docs", "dev", "wheel"):
     requirements += project["project"]["optional-dependencies"][extra]
 print("\n".join(requirements))
 EOF
-"$venv/bin/pip" install --quiet -r "$venv/requirements.txt"
+"$venv/bin/pip" install --quiet --no-compile -r "$venv/requirements.txt"
 
 # The emulator compiles the CUDA sources with g++ and needs CUDA's headers, if not from a toolkit then from PyPI.
 if ! command -v nvcc >/dev/null && [ ! -d "${CUDA_HOME:-/usr/local/cuda}/include" ]; then
-  "$venv/bin/pip" install --quiet "nvidia-cuda-runtime>=13" "nvidia-cuda-crt>=13" "nvidia-cuda-cccl>=13"
+  "$venv/bin/pip" install --quiet --no-compile "nvidia-cuda-runtime>=13" "nvidia-cuda-crt>=13" "nvidia-cuda-cccl>=13"
 fi

@@ -59,6 +59,11 @@ def in_schema_order(declared: _registry.Op, values: Values) -> tuple[Any, ...]:
     return tuple(values.get(name, defaults[name]) for name in declared._names)
 
 
+def arguments_of(op: str, i: int, backend: Backend) -> Values:
+    positional, keywords = sample(backend, op, i)
+    return positional | keywords
+
+
 @functools.cache
 def dimensions(op: str, i: int, backend: Backend) -> dict[str, list[str]]:
     """The names of the dimensions of each argument, as the op's check compares them."""
@@ -71,7 +76,7 @@ def dimensions(op: str, i: int, backend: Backend) -> dict[str, list[str]]:
 
     declared = _registry.OPS[op]
     with mock.patch.object(_checks, "shape", shape):
-        declared.check(*in_schema_order(declared, sample(op, i, backend)))
+        declared.check(*in_schema_order(declared, arguments_of(op, i, backend)))
     return found
 
 
@@ -81,7 +86,7 @@ def dimensions(op: str, i: int, backend: Backend) -> dict[str, list[str]]:
 @st.composite
 def cases(draw: st.DrawFn, op: str, backend: Backend) -> tuple[int, list[Change]]:
     i = draw(st.integers(0, len(samples(backend.device, backend.name)[op]) - 1))
-    declared, values = _registry.OPS[op], sample(op, i, backend)
+    declared, values = _registry.OPS[op], arguments_of(op, i, backend)
     tensors = [name for name, x in values.items() if isinstance(x, Tensor)]
     scalars = {n: type(x) for n, x in zip(declared._names, in_schema_order(declared, values)) if type(x) in SCALARS}
     scalars |= {name: float for name in ("scale",) if name in declared._names}
@@ -187,7 +192,7 @@ def change(op: str, i: int, backend: Backend, values: Values, kind: str, *what: 
 
 
 def changed(op: str, i: int, backend: Backend, changes: list[Change]) -> Values:
-    values = sample(op, i, backend)
+    values = arguments_of(op, i, backend)
     last = ("layout", "gradient", "meta")  # what other changes would undo
     for kind, *what in sorted(changes, key=lambda c: last.index(c[0]) if c[0] in last else -1):
         change(op, i, backend, values, kind, *what)

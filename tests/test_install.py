@@ -102,7 +102,7 @@ def test_workflows() -> None:
     yaml = pytest.importorskip("yaml")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     paths = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-    assert [path.name for path in paths] == ["ci.yml", "wheels.yml"]
+    assert [path.name for path in paths] == ["ci.yml", "nightly.yml", "wheels.yml"]
     for path in paths:
         text = path.read_text(encoding="utf-8")
         jobs = yaml.safe_load(text)["jobs"]

@@ -21,6 +21,18 @@
 namespace torch_kernels {
 namespace nb = nanobind;
 
+// What a file adds to each Python module that it is compiled into: a Binding of the file's own.
+using Bind = void (*)(nb::module_&);
+
+inline std::vector<Bind>& bindings() {
+  static std::vector<Bind> all;
+  return all;
+}
+
+struct Binding {
+  Binding(Bind bind) { bindings().push_back(bind); }
+};
+
 // The part of DLPackExchangeAPI (DLPack 1.2) used here.
 struct DlpackExchangeApi {
   uint32_t major, minor;

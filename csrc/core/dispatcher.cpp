@@ -162,13 +162,13 @@ class Dispatcher {
 
 }  // namespace
 
-void bind_dispatcher(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   nb::class_<Dispatcher>(module, "Dispatcher")
       .def(nb::init<nb::dict, nb::object, nb::tuple>(), nb::arg("defaults"), nb::arg("prepare"),
            nb::arg("positional") = nb::tuple())
       .def("call", &Dispatcher::call)
       .def("clear", &Dispatcher::clear)
       .def("__len__", &Dispatcher::size);
-}
+}};
 
 }  // namespace torch_kernels

@@ -5,29 +5,9 @@
 #include "cpu/parallel.h"
 #include "cpu/peaks.h"
 
-namespace torch_kernels {
-
-void bind_dispatcher(nb::module_& module);
-void bind_tree_attention(nb::module_& module);
-void bind_tree_validation(nb::module_& module);
-void bind_graph_attention(nb::module_& module);
-void bind_graph_validation(nb::module_& module);
-void bind_int4_linear(nb::module_& module);
-void bind_int4_validation(nb::module_& module);
-void bind_int8_linear(nb::module_& module);
-void bind_lightning_decoding(nb::module_& module);
-void bind_lightning_sequences(nb::module_& module);
-void bind_lightning_validation(nb::module_& module);
-void bind_sea(nb::module_& module);
-void bind_sea_on_cpu(nb::module_& module);
-void bind_sea_validation(nb::module_& module);
-
-}  // namespace torch_kernels
-
 NB_MODULE(_cpu, module) {
   using namespace torch_kernels;
   nb::set_leak_warnings(false);  // ops and their plans live as long as the interpreter
-  bind_dispatcher(module);
   module.def("instruction_sets", [] {
     nb::list names;
     for (auto& set : cpu::instruction_sets())
@@ -51,17 +31,5 @@ NB_MODULE(_cpu, module) {
   peak("peak_float32", cpu::peak_float32);
   peak("peak_bfloat16", cpu::peak_bfloat16);
   peak("peak_int8", cpu::peak_int8);
-  bind_tree_attention(module);
-  bind_tree_validation(module);
-  bind_graph_attention(module);
-  bind_graph_validation(module);
-  bind_int4_linear(module);
-  bind_int4_validation(module);
-  bind_int8_linear(module);
-  bind_lightning_decoding(module);
-  bind_lightning_sequences(module);
-  bind_lightning_validation(module);
-  bind_sea(module);
-  bind_sea_on_cpu(module);
-  bind_sea_validation(module);
+  for (Bind bind : bindings()) bind(module);
 }

@@ -3,21 +3,7 @@
 #include "core/bind.h"
 #include "emulator/machine.h"
 
-namespace torch_kernels {
-void bind_tree_attention(nb::module_& module);
-void bind_graph_attention(nb::module_& module);
-void bind_int4_linear(nb::module_& module);
-void bind_int8_linear(nb::module_& module);
-void bind_lightning_decoding(nb::module_& module);
-void bind_sea(nb::module_& module);
-}  // namespace torch_kernels
-
 NB_MODULE(_emulator, module) {
   module.def("set_seed", [](unsigned seed) { emulator::set_seed(seed); });
-  torch_kernels::bind_tree_attention(module);
-  torch_kernels::bind_graph_attention(module);
-  torch_kernels::bind_int4_linear(module);
-  torch_kernels::bind_int8_linear(module);
-  torch_kernels::bind_lightning_decoding(module);
-  torch_kernels::bind_sea(module);
+  for (torch_kernels::Bind bind : torch_kernels::bindings()) bind(module);
 }

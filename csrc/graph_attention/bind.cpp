@@ -6,7 +6,7 @@
 
 namespace torch_kernels {
 
-void bind_graph_attention(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("graph_attention",
              [](const Argument& out, const Argument& lse, const Argument& q, const Argument& k, const Argument& v,
                 const Argument& q_offsets, const Argument& kv_offsets, const Argument& edge_offsets,
@@ -31,6 +31,6 @@ void bind_graph_attention(nb::module_& module) {
         RopeShiftParams{
             .out = out, .k = k, .offsets = offsets, .delta = delta, .inv_freq = inv_freq, .interleaved = interleaved});
   });
-}
+}};
 
 }  // namespace torch_kernels

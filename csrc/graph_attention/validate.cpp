@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What only the CPU module has: the backward pass, which has no CUDA kernel, and the checks of the values inside index
-// tensors, which run before anything is written.
+// Checks of the values inside index tensors, before anything is written.
 #include "core/bind.h"
 #include "graph_attention/kernels.h"
 
@@ -64,32 +63,9 @@ void validate_offsets(const char* op, const Argument& k, const Argument& offsets
 
 }  // namespace
 
-void bind_graph_validation(nb::module_& module) {
-  module.def(
-      "graph_attention_backward",
-      [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_out,
-         const Argument& q, const Argument& k, const Argument& v, const Argument& out, const Argument& lse,
-         const Argument& q_offsets, const Argument& kv_offsets, const Argument& edge_offsets,
-         const Argument& edge_sources, const Argument& own_segment, std::optional<double> scale,
-         const Argument& inv_freq, const Argument& q_start, const Argument& edge_start, const Argument& own_start,
-         bool interleaved) {
-        double default_scale = 1 / std::sqrt(double(q.size[2]));
-        run(cpu::graph_attention_backward, q,
-            GraphAttentionBackwardParams{.grad_q = grad_q,
-                                         .grad_k = grad_k,
-                                         .grad_v = grad_v,
-                                         .grad_out = grad_out,
-                                         .q = q,
-                                         .k = k,
-                                         .v = v,
-                                         .out = out,
-                                         .lse = lse,
-                                         .graph = {q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment},
-                                         .rotation = {inv_freq, q_start, edge_start, own_start, interleaved},
-                                         .scale = scale.value_or(default_scale)});
-      });
+static const Binding binding{[](nb::module_& module) {
   module.def("validate_graph", &validate_graph);
   module.def("validate_offsets", &validate_offsets);
-}
+}};
 
 }  // namespace torch_kernels

@@ -10,7 +10,7 @@ static Int4Mode mode_of(const std::string& name) {
   return name == "a8" ? Int4Mode::a8 : name == "fast" ? Int4Mode::fast : Int4Mode::exact;
 }
 
-void bind_int4_linear(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("int4_linear", [](const Argument& out, const Argument& x, const Argument& weight, const Argument& scales,
                                const Argument& zeros, const Argument& perm, const Argument& bias, int64_t out_features,
                                int64_t group_size, const std::string& mode) {
@@ -39,6 +39,6 @@ void bind_int4_linear(nb::module_& module) {
                                             .in_features = in_features,
                                             .group_size = group_size});
              });
-}
+}};
 
 }  // namespace torch_kernels

@@ -15,6 +15,6 @@ void validate_perm(const char* op, const Argument& perm, int64_t in_features) {
 
 }  // namespace
 
-void bind_int4_validation(nb::module_& module) { module.def("validate_perm", &validate_perm); }
+static const Binding binding{[](nb::module_& module) { module.def("validate_perm", &validate_perm); }};
 
 }  // namespace torch_kernels

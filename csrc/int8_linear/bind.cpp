@@ -17,7 +17,7 @@ static Tensor flat(const Tensor& tensor) {
 
 static double orthonormal(const Tensor& x) { return 1 / std::sqrt(double(x.size[x.rank - 1])); }
 
-void bind_int8_linear(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("int8_quantize", [](const Argument& q, const Argument& scale, const Argument& outliers, const Argument& x,
                                  double threshold) {
     run(TORCH_KERNELS_BACKEND::int8_quantize, x,
@@ -60,6 +60,6 @@ void bind_int8_linear(nb::module_& module) {
                              .x_scale = x_scale,
                              .bits = bits});
   });
-}
+}};
 
 }  // namespace torch_kernels

@@ -6,7 +6,7 @@
 
 namespace torch_kernels {
 
-void bind_lightning_decoding(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("lightning_attention_step_",
              [](const Argument& out, const Argument& q, const Argument& k, const Argument& v, const Argument& state,
                 const Argument& slopes, const Argument& state_indices, std::optional<double> scale) {
@@ -47,6 +47,6 @@ void bind_lightning_decoding(nb::module_& module) {
                                          .num_accepted = num_accepted,
                                          .state_indices = state_indices});
              });
-}
+}};
 
 }  // namespace torch_kernels

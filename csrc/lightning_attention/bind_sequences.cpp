@@ -56,7 +56,7 @@ void bind_backward(nb::module_& module, const char* name, Decay decay) {
 
 }  // namespace
 
-void bind_lightning_sequences(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   bind_forward(module, "lightning_attention", kSlopes);
   bind_forward(module, "simple_gla", kGates);
   bind_backward(module, "lightning_attention_backward", kSlopes);
@@ -77,6 +77,6 @@ void bind_lightning_sequences(nb::module_& module) {
                                              .cu_seqlens = cu_seqlens,
                                              .scale = scale.value_or(1)});
              });
-}
+}};
 
 }  // namespace torch_kernels

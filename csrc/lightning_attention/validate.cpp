@@ -46,10 +46,10 @@ void validate_state_path(const char* op, const Argument& path, const Argument& a
 
 }  // namespace
 
-void bind_lightning_validation(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("validate_sequences", &validate_sequences);
   module.def("validate_state_indices", &validate_state_indices);
   module.def("validate_state_path", &validate_state_path);
-}
+}};
 
 }  // namespace torch_kernels

@@ -5,7 +5,7 @@
 
 namespace torch_kernels {
 
-void bind_sea(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("sea_select", [](const Argument& cells, const Argument& scores, const Argument& widths, double k) {
     run(TORCH_KERNELS_BACKEND::sea_select, scores,
         SeaSelectParams{.cells = cells, .scores = scores, .widths = widths, .k = k});
@@ -29,6 +29,6 @@ void bind_sea(nb::module_& module) {
                                       .mix = mix,
                                       .pooled = pooled});
              });
-}
+}};
 
 }  // namespace torch_kernels

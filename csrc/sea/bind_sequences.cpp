@@ -136,10 +136,10 @@ void bind_estimator(nb::module_& module) {
 
 }  // namespace
 
-void bind_sea_on_cpu(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   bind_cells(module);
   bind_attention_backward(module);
   bind_estimator(module);
-}
+}};
 
 }  // namespace torch_kernels

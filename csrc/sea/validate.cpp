@@ -15,6 +15,6 @@ void validate_widths(const char* op, const Argument& widths, int64_t most, const
 
 }  // namespace
 
-void bind_sea_validation(nb::module_& module) { module.def("validate_widths", &validate_widths); }
+static const Binding binding{[](nb::module_& module) { module.def("validate_widths", &validate_widths); }};
 
 }  // namespace torch_kernels

@@ -6,7 +6,7 @@
 
 namespace torch_kernels {
 
-void bind_tree_attention(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("tree_attention",
              [](const Argument& out, const Argument& lse, const Argument& q, const Argument& k_cache,
                 const Argument& v_cache, const Argument& prefix_lens, const Argument& parents, const Argument& k_tree,
@@ -105,6 +105,6 @@ void bind_tree_attention(nb::module_& module) {
     run(TORCH_KERNELS_BACKEND::merge_attention_states, out_a,
         MergeStatesParams{.out = out, .lse = lse, .out_a = out_a, .lse_a = lse_a, .out_b = out_b, .lse_b = lse_b});
   });
-}
+}};
 
 }  // namespace torch_kernels

@@ -66,10 +66,10 @@ void validate_path(const char* op, const Argument& cache, const Argument& block_
 
 }  // namespace
 
-void bind_tree_validation(nb::module_& module) {
+static const Binding binding{[](nb::module_& module) {
   module.def("validate_parents", &validate_parents);
   module.def("validate_tree", &validate_tree);
   module.def("validate_path", &validate_path);
-}
+}};
 
 }  // namespace torch_kernels
