@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Makes a virtual environment with everything that building, testing and measuring needs.
 # A machine whose own torch sees a GPU keeps that torch; any other gets the release the project is tested with.
-# Python compiles what it imports; pip would compile all files of torch and transformers.
 set -eu
 venv=$1
 python=${PYTHON:-python3}
@@ -31,3 +30,6 @@ EOF
 if ! command -v nvcc >/dev/null && [ ! -d "${CUDA_HOME:-/usr/local/cuda}/include" ]; then
   "$venv/bin/pip" install --quiet --no-compile "nvidia-cuda-runtime>=13" "nvidia-cuda-crt>=13" "nvidia-cuda-cccl>=13"
 fi
+
+# pip would do it on one core; and not every environment lets Python keep what it compiles when it imports.
+"$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python*/site-packages >/dev/null || true # templates do not compile
