@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything worth doing on a GPU, in one command of at most ten minutes and without a network.
 
-Builds for this machine alone, tests, looks for races and bad accesses, measures, and writes logs and results into
+Builds for this GPU alone, tests, looks for races and bad accesses, measures, and writes logs and results into
 bench/results/<gpu>/. Without the step `build` the last build here is used, or else what is installed.
 """
 
@@ -108,7 +108,7 @@ def steps(machine: Machine) -> list[Step]:
     elsewhere = [f"--ignore=tests/{name}" for name in others]
     sanitizer = machine.tool("compute-sanitizer")
     return [
-        Step("build", "modules for this machine only", 4, build_commands(machine), missing=missing_for_build(machine)),
+        Step("build", "modules for this GPU only", 4, build_commands(machine), missing=missing_for_build(machine)),
         Step(
             "info", "versions, devices, and which backend serves which op", 2, [[python, "-m", "torch_kernels", "info"]]
         ),
@@ -166,7 +166,6 @@ def build_commands(machine: Machine) -> list[list[str]]:
         "nanobind_DIR": nanobind,
         # A machine without a network may lack the package that wheels share.
         "TORCH_KERNELS_LINK_NANOBIND": "OFF" if importlib.util.find_spec("nanobind_backend") else "ON",
-        "TORCH_KERNELS_CPU_ISAS": "native",
         "TORCH_KERNELS_CUDA": "ON" if machine.gpu else "OFF",
         "TORCH_KERNELS_EMULATOR": "OFF" if machine.gpu else "ON",
     }
