@@ -19,7 +19,7 @@ from .tolerance import assert_bitwise
 SCHEMAS = Path(__file__).with_name("data") / "schemas.txt"
 # Their public functions take an object that has the weight and its scales.
 TAKE_WEIGHTS = ("int4_linear", "int8_linear")
-# Their public functions are the other op's backward pass.
+# Autograd alone calls them.
 NOT_PUBLIC = ("graph_attention_backward", "int4_linear_backward", "int8_linear_backward")
 
 

@@ -27,8 +27,8 @@ BACKENDS = ["cpu", *(["emulator"] if any((home / "include" / "cuda_fp16.h").exis
 
 BEST = _native.cpu.instruction_set()
 EVERY_ISA = list(dict.fromkeys(("generic", "avx2", BEST))) if BEST != "generic" else ["generic"]
-ISAS = EVERY_ISA if NIGHTLY else EVERY_ISA[:2][-1:]
-TARGETS = [*({"TORCH_KERNELS_TEST_BACKENDS": "cpu", "TORCH_KERNELS_CPU_ISA": isa} for isa in ISAS)]
+ISAS = EVERY_ISA if NIGHTLY else ["generic" if BEST == "generic" else "avx2"]
+TARGETS = [{"TORCH_KERNELS_TEST_BACKENDS": "cpu", "TORCH_KERNELS_CPU_ISA": isa} for isa in ISAS]
 TARGETS += [{"TORCH_KERNELS_TEST_BACKENDS": backend} for backend in BACKENDS[1:]]
 
 if platform.system() != "Linux" or not all(map(shutil.which, (CXX, "nice"))):

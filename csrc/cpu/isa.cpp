@@ -2,6 +2,7 @@
 #include "cpu/isa.h"
 
 #include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -39,11 +40,13 @@ namespace {
 }
 #endif
 
+// A build for one instruction set may find that the system withholds it: AMX needs Linux's permission.
 int best() {
-  int index = 0;
-  for (size_t i = 0; i < instruction_sets().size(); i++)
-    if (instruction_sets()[i].supported()) index = int(i);
-  return index;
+  auto& sets = instruction_sets();
+  for (int i = int(sets.size()) - 1; i >= 0; i--)
+    if (sets[i].supported()) return i;
+  throw std::runtime_error(std::string("torch_kernels: this processor or system does not run ") + sets.back().name +
+                           ", the best that this build was compiled for; build it with all instruction sets");
 }
 
 int& selection() {
