@@ -15,6 +15,8 @@
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -66,13 +68,25 @@ inline std::string kernel_name(const void* kernel, const Grid& grid) {
   throw std::runtime_error(text);
 }
 
+// Whether the code that runs on the current device waits where ptx::wait_for_previous_kernel() stands. What a driver
+// makes of PTX for older architectures does not, whatever the device can do. The same for all kernels of the module.
+inline bool waits_for_previous_kernel(const void* function) {
+  enum { kUnknown, kNo, kYes };
+  static std::atomic<char> known[64];  // by device
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= int(std::size(known))) return false;
+  if (known[device] == kUnknown) {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, function) != cudaSuccess) return false;  // the launch will say why
+    known[device] = attributes.ptxVersion >= 90 ? kYes : kNo;
+  }
+  return known[device] == kYes;
+}
+
 // early: whether blocks may be set up while the stream's previous kernel still runs.
 inline cudaError_t start_kernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
                                 void* stream, bool early) {
-  int device = 0, major = 0;
-  if (early && cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (major < 9)
+  if (!early || !waits_for_previous_kernel(function))
     return cudaLaunchKernel(function, grid, block, arguments, shared_bytes, static_cast<cudaStream_t>(stream));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -83,13 +97,31 @@ inline cudaError_t start_kernel(const void* function, dim3 grid, dim3 block, voi
   return cudaLaunchKernelExC(&config, function, arguments);
 }
 
+// The most shared memory a block may ask for.
+inline size_t shared_memory_limit(int device) {
+  int bytes = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess)
+    throw_cuda_error(error, "asking for the shared memory of CUDA device " + std::to_string(device));
+  return size_t(bytes);
+}
+
+// Lets a kernel be launched on the current device with so much dynamic shared memory. It asks for all that there is: a
+// smaller number would stop what another thread launches with more of it.
+inline cudaError_t allow_shared_memory(const void* function, size_t bytes) {
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  size_t most = std::max(bytes, shared_memory_limit(device));
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most));
+}
+
 template <class... Parameters, class... Arguments>
 void launch_kernel(bool early, void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes,
                    void* stream, Arguments&&... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    cudaError_t error = allow_shared_memory(function, shared_bytes);
     if (error != cudaSuccess)
       throw_cuda_error(error, "asking for " + std::to_string(shared_bytes) + " bytes of shared memory for " +
                                   kernel_name(function, grid));
@@ -102,15 +134,6 @@ void launch_kernel(bool early, void (*kernel)(Parameters...), const Grid& grid, 
       },
       values);
   if (error != cudaSuccess) throw_cuda_error(error, "launching " + kernel_name(function, grid));
-}
-
-// The most shared memory a block may ask for.
-inline size_t shared_memory_limit(int device) {
-  int bytes = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess)
-    throw_cuda_error(error, "asking for the shared memory of CUDA device " + std::to_string(device));
-  return size_t(bytes);
 }
 
 class DeviceGuard {

@@ -56,7 +56,7 @@ struct TreeVerifyTypicalParams {
   Tensor draft_tokens;   // [B, T]
   Tensor target_logits;  // [B, T, V]
   Tensor parents;        // [B, T]
-  Tensor uniforms;       // [B, T + 1], float32; may be absent: the next token is the argmax
+  Tensor uniforms;       // [B, T + 1], float32 or float64; may be absent: the next token is the argmax
   double temperature, epsilon, delta;
 };
 
@@ -65,7 +65,7 @@ struct TreeVerifySamplingParams {
   Tensor draft_tokens;  // [B, T]
   Tensor target_probs;  // [B, T, V]
   Tensor parents;       // [B, T]
-  Tensor uniforms;      // [B, T + 1], float32
+  Tensor uniforms;      // [B, T + 1], float32 or float64
   Tensor draft_probs;   // [B, T, V]; may be absent: the children are deterministic
   bool replacement;     // whether siblings were drawn with replacement
 };

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_typical_kernel(TreeVeri
   int last = deepest_node(p.parents, batch, [&](int node, int) { return p.outputs.path.index(batch, node) == 1; });
   if (last >= 0 && p.uniforms) {
     Softmax softmax(p, batch, last);
-    double uniform = *p.uniforms.at<const float>(batch, p.parents.size[1]);
+    double uniform = load_real(p.uniforms, batch, p.parents.size[1]);
     if (softmax.total > 0)
       next = inverse_cdf(vocabulary, uniform, [&](int64_t x) { return double(softmax.weight(x)); });
   } else if (last >= 0) {

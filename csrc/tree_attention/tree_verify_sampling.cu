@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kVerifyThreads) verify_sampling_kernel(TreeVer
     if (p.parents.index(batch, child) != residual.node) continue;
     int64_t token = p.draft_tokens.index(batch, child);
     if (token < 0 || token >= residual.vocabulary) continue;
-    double u = *p.uniforms.at<const float>(batch, child);
+    double u = load_real(p.uniforms, batch, child);
     Remainder now = residual.at(token);
     if ((p.draft_probs ? u * now.q : u) < now.r)
       residual.start(child);
     else
       residual.reject(token);
   }
-  double u = *p.uniforms.at<const float>(batch, nodes);
+  double u = load_real(p.uniforms, batch, nodes);
   int64_t next = inverse_cdf(residual.vocabulary, u, [&](int64_t x) { return residual.at(x).r; });
   emit(p.outputs, p.draft_tokens, p.parents, batch, residual.node, next);
 }

@@ -35,8 +35,8 @@ DEVICE T block_max(T x) {
 // Bytes of dynamic shared memory that the functions of this file use.
 constexpr int kVerifyShared = 512;
 
-// One number of a [B, T, V] tensor of any float dtype.
-DEVICE double load_real(const Tensor& tensor, int64_t batch, int64_t node, int64_t token) {
+// One number of a [B, T, V] or [B, T] tensor of any float dtype.
+DEVICE double load_real(const Tensor& tensor, int64_t batch, int64_t node, int64_t token = 0) {
   if (tensor.dtype == DType::float32) return *tensor.at<const float>(batch, node, token);
   if (tensor.dtype == DType::float16) return __half2float(*tensor.at<const __half>(batch, node, token));
   if (tensor.dtype == DType::bfloat16) return __bfloat162float(*tensor.at<const __nv_bfloat16>(batch, node, token));

@@ -247,6 +247,25 @@ def test_sampling_at_the_ends_of_the_unit_interval(backend: Backend) -> None:
         assert num_accepted.tolist() == [0] and tokens.tolist() == [[token, -1]]
 
 
+def test_uniforms_may_be_float64(backend: Backend) -> None:
+    # Tokens 0 .. 6 are as likely, and the uniforms lie in the middle of their intervals.
+    batch = 7
+    draft, parents = torch.zeros(batch, 3, dtype=I64), torch.tensor([[-1, 0, 1]]).expand(batch, -1)
+    uniforms = ((torch.arange(4 * batch).reshape(batch, 4) % 7 + 0.5) / 7).double()
+    for op, target, extra in (
+        ("tree_verify_sampling", torch.full((batch, 3, 7), 1 / 7), {}),
+        ("tree_verify_typical", torch.zeros(batch, 3, 7), {"temperature": 1.0, "epsilon": 0.1, "delta": 1.0}),
+    ):
+        results = []
+        for u in (uniforms.float(), uniforms):
+            u, arguments = device(backend, u)[0], device(backend, draft, target, parents)
+            last = [u] if op == "tree_verify_sampling" else []
+            results.append(backend(op, *arguments, *last, **({"uniforms": u} | extra if extra else {})))
+        assert len(set(results[0][2].flatten().tolist())) > 4
+        for single, double in zip(*results, strict=True):
+            assert torch.equal(single, double)
+
+
 def test_a_certain_token_is_always_accepted(backend: Backend) -> None:
     target = torch.tensor([[[0.0, 1.0, 0.0]] * 3])
     draft, parents = torch.tensor([[0, 1, 1]]), torch.tensor([[-1, 0, 1]])
