@@ -154,23 +154,35 @@ class DeviceGuard {
 #else
 
 template <class... Parameters, class... Arguments>
-void launch_kernel(bool /*early*/, void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes,
+void launch_kernel(bool early, void (*kernel)(Parameters...), const Grid& grid, dim3 block, size_t shared_bytes,
                    void* /*stream*/, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-  auto body = [&] { std::apply(kernel, values); };
-  emulator::run_grid(
-      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-      [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
+  emulator::submit(early, [=] {
+    auto body = [&] { std::apply(kernel, values); };
+    emulator::run_grid(
+        reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+        [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body, grid.site);
+  });
 }
 
 inline size_t shared_memory_limit(int) { return emulator::settings.shared_limit; }
 
+// An op's launches have run when it ends.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int) {}
+  explicit DeviceGuard(int) { emulator::postponing = true; }
+  ~DeviceGuard() noexcept(false) {
+    struct Ready {  // for the next op, whatever happens in this one
+      ~Ready() { emulator::postponing = false, emulator::pending.clear(); }
+    } ready;
+    if (std::uncaught_exceptions() == exceptions_) emulator::run_pending();
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  const int exceptions_ = std::uncaught_exceptions();
 };
 
 #endif

@@ -4,6 +4,8 @@
 // fiber goes next is drawn from a seed. A fault (a race, a bad pointer, threads that wait for each other for ever) is
 // an emulator::Error.
 //
+// A kernel that may start before the one before it has ended does, and its first block comes to its wait.
+//
 // Not emulated: blocks of one grid running at the same time, and any time or weak memory order beyond what the barriers
 // say. Not seen: races through plain pointers to shared memory (only what Shared<T>, cp.async and ldmatrix touch is
 // recorded; the rest shows in results, by 0xFF bytes or between seeds), races in global memory, and, without
@@ -20,7 +22,9 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -125,6 +129,7 @@ struct Machine {
   unsigned lanes[max_warps] = {}, exited[max_warps] = {};
   std::vector<Meeting> meetings[max_warps];
   Barrier barriers[16];
+  std::vector<Thread*> held;  // that wait for the previous kernel
 
   char* shared = nullptr;
   size_t shared_bytes = 0;
@@ -162,7 +167,12 @@ struct Machine {
   }
 };
 
-inline Machine* machine = nullptr;  // the block that is running; one grid runs at a time
+inline Machine* machine = nullptr;  // the block that is running
+
+// Launches that have not run, of which all but the first may start early. An op's launches run as late as its stream
+// allows: one that may start early has come as far as it can without the one before it when that runs.
+inline thread_local std::vector<std::function<void()>> pending;
+inline thread_local bool postponing = false;
 
 inline Thread& self() { return *machine->running; }
 
@@ -380,6 +390,20 @@ inline void thread_entry() {
   Fiber::transfer(self.fiber, m.running ? m.running->fiber : m.scheduler, true);
 }
 
+// Runs what was launched last, and with it what it waits for.
+inline void run_pending() {
+  if (pending.empty()) return;
+  std::function<void()> run = std::move(pending.back());
+  pending.pop_back();
+  run();
+}
+
+inline void submit(bool early, std::function<void()> run) {
+  if (!early) run_pending();
+  pending.push_back(std::move(run));
+  if (!postponing) run_pending();
+}
+
 inline void run_block(uint3 index) {
   Machine& m = *machine;
   m.index = index;
@@ -394,6 +418,7 @@ inline void run_block(uint3 index) {
     m.meetings[w].clear();
   }
   for (Barrier& b : m.barriers) b.arrived = 0, b.waiting.clear();
+  m.held.clear();
   for (int i = 0; i < m.count; i++) {
     Thread& t = m.threads[i];
     t.id = i, t.lane = i % 32, t.warp = i / 32;
@@ -404,9 +429,16 @@ inline void run_block(uint3 index) {
     m.lanes[t.warp] |= 1u << t.lane;
   }
   for (int w = 0; w < m.warps; w++) m.make_ready(w, m.lanes[w]);
-  m.running = m.next();
-  Fiber::transfer(m.scheduler, m.running->fiber);
-  if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
+  while (true) {
+    m.running = m.next();
+    Fiber::transfer(m.scheduler, m.running->fiber);
+    if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
+    if (m.held.empty()) break;
+    machine = nullptr;
+    run_pending();
+    machine = &m;
+    for (Thread* t : std::exchange(m.held, {})) m.make_ready(*t);
+  }
   bool all_done = true;
   for (int i = 0; i < m.count; i++) all_done &= m.threads[i].done;
   if (!all_done) fail_in_block("deadlock: " + whereabouts());
@@ -415,14 +447,16 @@ inline void run_block(uint3 index) {
 inline void run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* closure,
                      Site site) {
   static std::recursive_mutex one_at_a_time;
-  static Machine instance;
+  static std::deque<Machine> machines;  // a kernel, the one that it waits for, and so on
+  static size_t depth = 0;
   std::lock_guard<std::recursive_mutex> lock(one_at_a_time);
-  Machine& m = instance;
   if (machine) throw Error("emulator: a kernel cannot launch another");
+  if (depth == machines.size()) machines.emplace_back();
+  Machine& m = machines[depth];
   m.kernel = kernel, m.launched_at = site, m.body = body, m.closure = closure;
   struct Current {
-    explicit Current(Machine* m) { machine = m; }
-    ~Current() { machine = nullptr; }
+    explicit Current(Machine* m) { machine = m, depth++; }
+    ~Current() { machine = nullptr, depth--; }
   } current(&m);
   auto refuse = [](const std::string& why) { throw Error("emulator: launching " + kernel_name() + ": " + why); };
   uint64_t count = uint64_t(size.x) * size.y * size.z;
@@ -448,6 +482,7 @@ inline void run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_byt
     for (uint64_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[m.random() % i]);
   for (uint64_t i : order)
     run_block({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / (uint64_t(grid.x) * grid.y))});
+  if (!pending.empty()) fail_in_block("the kernel started early and has not waited for the one before it");
 }
 
 }  // namespace emulator

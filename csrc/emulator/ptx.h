@@ -112,8 +112,12 @@ inline void barrier_arrive(int id, int threads, Site site = Site::current()) {
   emulator::block_barrier(id, threads, false, 0, "bar.arrive", site);
 }
 
-inline void wait_for_previous_kernel() {}  // kernels run one after another
-inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel(Site site = Site::current()) {
+  if (emulator::pending.empty()) return;
+  emulator::machine->held.push_back(&emulator::self());
+  emulator::machine->wait("griddepcontrol.wait", site);
+}
+inline void let_next_kernel_start() {}  // it always may
 
 template <class V>
 V load_aligned(const void* from, Site site) {

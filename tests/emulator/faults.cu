@@ -128,6 +128,36 @@ __global__ void handover(int* x) {
   }
 }
 
+__global__ void produce(int* x) {
+  ptx::let_next_kernel_start();
+  x[threadIdx.x] = 1;
+}
+
+enum class Follow { right, reads_first, never_waits };
+
+template <Follow how>
+__global__ void follow(const int* x, int* y) {
+  int first = x[threadIdx.x];
+  if (how != Follow::never_waits) ptx::wait_for_previous_kernel();
+  y[threadIdx.x] = how == Follow::reads_first ? first : x[threadIdx.x];
+}
+
+template <Follow how>
+void run_follow() {
+  int x[64] = {}, y[64] = {}, z[64] = {}, wrong = 0;
+  {
+    DeviceGuard guard(0);
+    launch(produce, 1, 64, 0, nullptr, x);
+    launch_early(follow<how>, 1, 64, 0, nullptr, x, y);
+    launch_early(follow<how>, 1, 64, 0, nullptr, y, z);
+  }
+  for (int i : z) wrong += i != 1;
+  if (wrong)
+    std::printf("%d wrong elements\n", wrong);
+  else
+    std::printf("right\n");
+}
+
 __global__ void out_of_bounds(int* x, const char* where) {
   int t = threadIdx.x;
   int* raw = dynamic_shared<int>();
@@ -284,6 +314,12 @@ int main(int argc, char** argv) {
       block(handover<false>, 64, x);
     else if (name == "handover:early")
       block(handover<true>, 64, x);
+    else if (name == "follow")
+      run_follow<Follow::right>();
+    else if (name == "follow:reads_first")
+      run_follow<Follow::reads_first>();
+    else if (name == "follow:never_waits")
+      run_follow<Follow::never_waits>();
     else if (group == "bounds")
       bounds(how.c_str());
     else if (group == "diverge")

@@ -24,7 +24,8 @@ def test_instructions_on_device(programs):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["gemm", "reverse", "reverse:raw", "overwrite", "neighbours", "handover", "bounds:right", "after"]
+    "kernel",
+    ["gemm", "reverse", "reverse:raw", "overwrite", "neighbours", "handover", "follow", "bounds:right", "after"],
 )
 @pytest.mark.parametrize("build", ["faults", "faults_sanitized"])
 def test_right_kernels_are_not_reported(programs, kernel, build):
@@ -43,6 +44,7 @@ REPORTS = {
     "overwrite:no_barrier": RACE,
     "neighbours:across": RACE,
     "handover:early": RACE,
+    "follow:never_waits": r"started early and has not waited",
     "bounds:array": r"thread 31 uses element 32 of a shared array of 32 \[faults.cu:\d+",
     "bounds:vector": r"uses element 32 of a shared array of 32",
     "bounds:unaligned": r"at an address that is not a multiple of 8",
@@ -72,11 +74,13 @@ def test_reported(programs, fault, build):
         assert re.search(REPORTS[fault], output), output
         if build == "faults":  # built with -rdynamic, so kernels have names
             assert re.match(
-                r"emulator: [^,]*(gemm|reverse|overwrite|neighbours|handover|out_of_bounds|diverge)", output
+                r"emulator: [^,]*(gemm|reverse|overwrite|neighbours|handover|follow|out_of_bounds|diverge)", output
             )
 
 
-@pytest.mark.parametrize("fault", ["gemm:no_wait_raw", "gemm:wrong_fragment", "reverse:raw_no_barrier"])
+@pytest.mark.parametrize(
+    "fault", ["gemm:no_wait_raw", "gemm:wrong_fragment", "reverse:raw_no_barrier", "follow:reads_first"]
+)
 def test_seen_in_the_result(programs, fault):
     """Through plain pointers a fault is not reported, but the result is wrong on every schedule."""
     for seed in SEEDS:
