@@ -282,10 +282,11 @@ def comparable(op: str, values: Values, changes: list[Change]) -> bool:
 
 
 def placed(values: Values, guards: Guards, op: str, guarded: bool) -> Values:
-    """Contiguous tensors in memory of their own: guarded, or tight, so that a sanitizer sees its ends."""
+    """Contiguous tensors in memory of their own: guarded, or tight, so that a sanitizer sees its ends. Not those that
+    were put somewhere on purpose."""
 
     def place(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.is_meta or x.requires_grad or not x.is_contiguous():
+        if not isinstance(x, Tensor) or x.is_meta or x.requires_grad or not x.is_contiguous() or x.storage_offset():
             return x
         return (
             guards.copy(x)

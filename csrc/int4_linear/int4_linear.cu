@@ -32,6 +32,7 @@ namespace cuda {
 void int4_linear(const Int4LinearParams& p, const Context& context) {
   DeviceGuard guard(context.device);
   if (p.out.elements() == 0) return;
+  Tensor weight = aligned_weight(p.weight, context);
   int64_t x_size = size_of(p.x.dtype), columns = p.perm ? p.perm.size[0] : p.x.size[1];
   bool int8 = p.mode == Int4Mode::a8;
   bool direct =
@@ -41,7 +42,7 @@ void int4_linear(const Int4LinearParams& p, const Context& context) {
 
   auto allocate = [&](int64_t bytes) { return bytes ? context.allocate(bytes) : nullptr; };
   int64_t slab = plan.slab_rows, scale_stride = (slab + 3) / 4 * 4;
-  int64_t width = p.weight.size[1] * kInt4TileColumns, row_bytes = width * (int8 ? 1 : x_size);
+  int64_t width = weight.size[1] * kInt4TileColumns, row_bytes = width * (int8 ? 1 : x_size);
   void* copy = direct ? nullptr : allocate(slab * row_bytes);
   auto* x_scales = static_cast<float*>(allocate(int8 ? plan.x_scale_rows * scale_stride * 4 : 0));
   auto* partials = static_cast<float*>(allocate(plan.splits > 1 ? plan.splits * slab * p.out_features * 4 : 0));
@@ -55,7 +56,7 @@ void int4_linear(const Int4LinearParams& p, const Context& context) {
                       .features = int(p.out_features),
                       .x_scales = x_scales,
                       .x_scale_stride = scale_stride,
-                      .weight = p.weight,
+                      .weight = weight,
                       .scales = Int4Parameters(p.scales),
                       .zeros = p.zeros ? Int4Parameters(p.zeros) : Int4Parameters(),
                       .bias = p.bias,

@@ -245,7 +245,7 @@ void run(const Int4LinearBackwardParams& p, const Context& context) {
   void* copy = direct ? nullptr : context.allocate(slab * width_bytes);
   work.grad_row_bytes = (direct ? p.grad.stride[0] : width) * int64_t(sizeof(T));
   work.grad_columns = int(direct ? p.grad.size[1] : width);
-  work.weight = p.weight, work.scales = Int4Parameters(p.scales);
+  work.weight = aligned_weight(p.weight, context), work.scales = Int4Parameters(p.scales);
   if (p.zeros) work.zeros = Int4Parameters(p.zeros);
   work.perm = p.perm, work.out = p.out;
   int64_t column_tiles = (p.weight.size[1] + kWarps - 1) / kWarps;

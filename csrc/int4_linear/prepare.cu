@@ -64,6 +64,17 @@ __global__ void __launch_bounds__(128)
 
 }  // namespace
 
+Tensor aligned_weight(const Tensor& weight, const Context& context) {
+  if (reinterpret_cast<uint64_t>(weight.data) % 16 == 0) return weight;
+  Tensor words{.data = weight.data, .dtype = DType::float32, .rank = 2};
+  words.size[0] = weight.size[0] * weight.size[1], words.size[1] = words.stride[0] = kInt4TileBytes / 4;
+  words.stride[1] = 1;
+  Tensor copy = weight;
+  copy.data = context.allocate(words.size[0] * kInt4TileBytes);
+  gather_columns(copy.data, words, Tensor{}, 0, words.size[0], words.size[1], context.stream);
+  return copy;
+}
+
 void gather_columns(void* to, const Tensor& x, const Tensor& perm, int64_t row0, int64_t rows, int64_t width,
                     void* stream) {
   unsigned blocks = blocks_of(width, 256);

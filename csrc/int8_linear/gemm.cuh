@@ -19,6 +19,8 @@ struct Int8Rows {
   static Int8Rows of(const Tensor& matrix) {
     Int8Rows rows{matrix.at<const int8_t>(), matrix.stride[0], matrix.size[0], 0};
     rows.width = copy_width(reinterpret_cast<uint64_t>(rows.data) | uint64_t(rows.rows > 1 ? rows.stride : 0));
+    // Copies of 4 bytes are whole ones: where a row ends within one, they would bring what lies behind it.
+    if (rows.width == 4) rows.width = copy_width(4 | uint64_t(matrix.size[1]));
     return rows;
   }
 

@@ -75,13 +75,13 @@ def make(case: Case, device: str = "cpu") -> Call:
     bias = None
     if case.bias:
         bias = torch.randn(n, generator=g).to(case.dtype if case.bias == "same" else F32) * case.magnitude
-    x = lay_out(torch.randn(*case.rows, k, generator=g).to(case.dtype), case.layout)
+    x = lay_out(torch.randn(*case.rows, k, generator=g).to(case.dtype).to(device), case.layout)
     weight = Int4Weight(
         oracle.portable(q), scales, zeros, g_idx, in_features=k, group_size=case.group_size
     )  # fmt: skip
     dense = oracle.dense(q, scales, zeros, groups)
     move = lambda t: t if t is None or device == "cpu" else t.to(device)  # noqa: E731
-    return Call(move(x), weight.to(device), move(bias), dense)
+    return Call(x, weight.to(device), move(bias), dense)
 
 
 def run(backend: Backend, call: Call, mode: str = "exact") -> Tensor:

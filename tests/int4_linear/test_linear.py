@@ -8,12 +8,16 @@ import pytest
 import torch
 import torch_kernels
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch_kernels import Int4Weight
 
 from ..backends import Backend, for_all
+from ..strategies import lay_out
 from ..tolerance import assert_accurate, assert_bitwise
 from . import oracle
 from .cases import ACT_ORDERS, BF16, F16, F32, GROUP_SIZES, Call, Case, cases, make, rounding, run
+from .samples import samples
 
 
 def dtypes(backend: Backend) -> list[torch.dtype]:
@@ -237,6 +241,29 @@ def test_layout_changes_nothing(backend: Backend) -> None:
         expected = run(backend, make(case, backend.device))
         for layout in ("transposed", "sliced", "misaligned", "strided"):
             assert_bitwise(layout, run(backend, make(case.replace(layout=layout), backend.device)), expected)
+
+
+def test_packed_tensors_may_begin_anywhere(backend: Backend) -> None:
+    for op, calls in samples(backend.device, backend.name).items():
+        for positional, keywords in calls:
+            expected = backend(op, *positional.values(), **keywords)
+            moved = {name: None if x is None else lay_out(x, "misaligned") for name, x in positional.items()}
+            assert_bitwise(op, backend(op, *moved.values(), **keywords), expected)
+
+
+def test_triton_copies_nothing_from_the_host() -> None:
+    """Neither where there is nothing to multiply: a copy waits, and cannot be captured in a graph."""
+    triton_kernels = pytest.importorskip("torch_kernels.int4_linear.triton_kernels")
+
+    class OneDevice(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert all(x.is_meta for x in tree_leaves(args) if isinstance(x, torch.Tensor)), func
+            return func(*args, **(kwargs or {}))
+
+    x, weight, scales, out = (torch.empty(size, device="meta") for size in ((2, 0), (1, 0, 2, 32, 4), (1, 3), (2, 3)))
+    for bias in (None, scales[0]):
+        with OneDevice():
+            triton_kernels.int4_linear(out, x, weight, scales, None, None, bias, 3, -1, "exact")
 
 
 def test_number_of_threads_changes_nothing(backend: Backend) -> None:

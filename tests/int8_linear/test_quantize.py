@@ -151,6 +151,19 @@ def test_mm(backend: Backend, sizes: tuple[int, int, int], layouts: tuple[str, s
     assert_bitwise("out", backend("int8_mm", lay_out(a, layouts[0]), lay_out(b, layouts[1])), truth)
 
 
+@pytest.mark.parametrize("distance", [4, 8, 12, 20, 32])
+def test_mm_of_rows_that_end_anywhere(backend: Backend, distance: int) -> None:
+    """What lies between two rows is in neither, whatever copies their distance allows."""
+    generator = torch.Generator().manual_seed(distance)
+    a, b = (
+        torch.randint(-128, 128, (count, distance), dtype=torch.int8, generator=generator).to(backend.device)
+        for count in (5, 9)
+    )
+    for inputs in range(max(distance - 7, 0), distance):
+        truth = a[:, :inputs].cpu().int() @ b[:, :inputs].cpu().int().T
+        assert_bitwise(f"{inputs} columns", backend("int8_mm", a[:, :inputs], b[:, :inputs]), truth)
+
+
 def test_mm_of_a_long_sum(backend: Backend) -> None:
     # The largest K whose sums cannot leave int32: 2^31 - 2^14 is no float32 number.
     inputs = 4099 if backend.slow else 2**17 - 1

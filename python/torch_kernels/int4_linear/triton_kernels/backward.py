@@ -120,7 +120,7 @@ def int4_linear_backward(out, grad, weight, scales, zeros, perm, in_features, gr
             target = torch.empty(beside, rows, columns, dtype=torch.float32, device=grad.device)
         int4_linear_backward_kernel[(column_tiles * row_tiles, beside)](
             target, grad, weight, scales, zeros, perm, rows, features, columns, scales.shape[0], in_features,
-            weight.shape[0], grad.stride(0), weight.stride(0), plan.split // plan.step,
+            weight.shape[0], grad.stride(0), weight.numel() // weight.shape[0], plan.split // plan.step,
             GROUP=0 if group_size >= columns else max(group_size, 0), SEQUENCE=plan.sequence, PARTIAL=side_by_side,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
             num_stages=tile.num_stages, **launch_options(arch),

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from torch_kernels._triton import architecture, multiprocessors, on_device
 
-from .. import heuristics
+from .. import heuristics, layout_gpu
 from .rows import prepare
 from .weights import load_words, unpack, word_offsets
 
@@ -185,7 +185,7 @@ def _dense(out, x, weight, scales, zeros, bias, group_size):
     features, columns = out.shape[1], x.shape[1]
     chunk = min(max(DENSE_WORKSPACE_BYTES // (2 * columns) // 128, 1) * 128, features)
     workspace = torch.empty(chunk, columns, dtype=x.dtype, device=x.device)
-    tiles_n, tile_stride = weight.shape[0], weight.stride(0)
+    tiles_n, tile_stride = weight.shape[0], weight.numel() // weight.shape[0]
     step = min(heuristics.step_columns(group_size, 2), 64)
     for first in range(0, features, chunk):
         count = min(chunk, features - first)
@@ -208,7 +208,7 @@ def int4_linear(out, x, weight, scales, zeros, perm, bias, out_features, group_s
     x = x if x.stride(1) == 1 else x.contiguous()
     packed_columns = in_features if perm is None else perm.shape[0]
     if packed_columns == 0:
-        rows_out.copy_(torch.zeros(()) if bias is None else bias)
+        rows_out.zero_() if bias is None else rows_out.copy_(bias)
         return
     arch, quantise = architecture(x.device), mode == "a8"
     # One group of all columns needs no group index.
@@ -231,8 +231,10 @@ def int4_linear(out, x, weight, scales, zeros, perm, bias, out_features, group_s
 
 
 def _fused(out, x, row_scales, row_sums, weight, scales, zeros, bias, group_size, plan, arch):
-    (rows, features), tile = out.shape, plan.tile
+    (rows, features), tile, columns = out.shape, plan.tile, x.shape[1]
     feature_tiles, row_tiles = triton.cdiv(features, tile.block_n), triton.cdiv(rows, tile.block_m)
+    # x may have been padded to whole steps beyond the weight's last tile of columns.
+    even = columns % plan.step == 0 and columns <= weight.shape[1] * layout_gpu.TILE_K
     side_by_side = plan.splits > 1 and not plan.sequence
     beside = plan.splits if side_by_side else 1
     target = out
@@ -240,9 +242,9 @@ def _fused(out, x, row_scales, row_sums, weight, scales, zeros, bias, group_size
         target = torch.empty(beside, rows, features, dtype=torch.float32, device=x.device)
     int4_linear_kernel[(feature_tiles * row_tiles, beside)](
         target, x, row_scales, row_sums, weight, scales, zeros, None if side_by_side else bias, rows, features,
-        x.shape[1], weight.shape[0], scales.shape[0], x.stride(0), weight.stride(0),
+        columns, weight.shape[0], scales.shape[0], x.stride(0), weight.numel() // weight.shape[0],
         0 if row_sums is None else row_sums.shape[1], plan.split // plan.step,
-        EVEN=x.shape[1] % plan.step == 0, GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step,
+        EVEN=even, GROUP=max(group_size, 0), SEQUENCE=plan.sequence, STEP=plan.step,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
     )  # fmt: skip
