@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -242,9 +243,11 @@ def varlen(regather: bool, workload: Workload, inputs: Inputs) -> Call:
         torch.tensor([0, *lengths]).cumsum(0).to(v.device, torch.int32) for lengths in (workload.q_lengths, keys)
     )
     window = (-1, -1) if workload.decode else (-1, 0)
+    # Up to torch 2.11 groups of heads need no word.
+    groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     attend = functools.partial(
         varlen_attn, cu_seq_q=q_ends, cu_seq_k=k_ends, max_q=max(workload.q_lengths), max_k=max(keys),
-        window_size=window, enable_gqa=True,
+        window_size=window, **groups,
     )  # fmt: skip
     gathered = get()[1][rows], v[rows]
 

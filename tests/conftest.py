@@ -29,7 +29,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 torch.set_num_threads(1)
+torch.backends.cudnn.allow_tf32 = False  # torch's convolutions would round float32 inputs on GPUs
 watch_interpreter()
+_failed: set[str] = set()
 
 
 def pytest_report_header() -> str:
@@ -39,6 +41,23 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The sanitized suites first: at the end, one worker would wait for the other to finish the longest."""
     items.sort(key=lambda item: item.path.name != "test_sanitizers.py")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _failed.add(report.nodeid)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """A kernel that leaves its memory spoils the process: all later tests would fail. xdist starts another worker."""
+    if nodeid not in _failed or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU is lost to this process since {nodeid}: {error}", returncode=1)
 
 
 @pytest.fixture(scope="session", params=testing_backends(), ids=lambda backend: backend.name)

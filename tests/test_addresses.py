@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +23,25 @@ nightly = pytest.mark.skipif(not NIGHTLY, reason="gigabytes and seconds: HYPOTHE
 
 
 @pytest.fixture(autouse=True)
-def compiled_only(backend: Backend) -> None:
+def compiled_only(backend: Backend) -> Iterator[None]:
     if backend.name == "reference" or (backend.name == "triton" and backend.slow):
         pytest.skip("touches all memory of its arguments")
+    if backend.device == "cpu":
+        yield
+        return
+    # A GPU's memory is there or not: up to 17 GB of it, of which a few processes at a time take their turn.
+    import fcntl
+
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    with Path(tempfile.gettempdir(), f"torch-kernels-{worker % 3}").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 def empty(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    if device != "cpu":
+        torch.cuda.empty_cache()  # of what the argument before had
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:

@@ -114,7 +114,7 @@ if expected:
 @pytest.mark.parametrize("used", ["nobody", "torch", "us"])
 def test_a_forked_child_may_call(used: str) -> None:
     """Whoever used OpenMP's pool before the fork, which it does not survive."""
-    result = python("-c", FORK, used, timeout=1800, PYTHONPATH=os.getcwd())
+    result = python("-c", FORK, used, timeout=1800)
     assert result.returncode == 0, result.stderr
 
 
@@ -171,5 +171,5 @@ with torch_kernels.use_backend("cpu"):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow() -> None:
     """Half a MiB after 100,000 calls: less than six bytes a call."""
-    result = python("-c", GROWTH, "100000" if NIGHTLY else "3000", timeout=1800, PYTHONPATH=os.getcwd())
+    result = python("-c", GROWTH, "100000" if NIGHTLY else "3000", timeout=1800)
     assert result.returncode == 0, result.stdout + result.stderr

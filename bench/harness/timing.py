@@ -40,7 +40,7 @@ def cpu_sampler(calls: Sequence[Call]) -> Sampler:
 def cuda_sampler(calls: Sequence[Call]) -> tuple[Sampler, str]:
     """Replays of a CUDA graph that walks the copies, or a loop where a call cannot be captured; and which it is."""
     torch.cuda.synchronize()  # inputs are made on another stream
-    stream = torch.cuda.Stream()
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     with torch.cuda.stream(stream):  # warm-up off the default stream, as capture demands
         for call in calls[:3]:
             call()
@@ -58,6 +58,7 @@ def cuda_sampler(calls: Sequence[Call]) -> tuple[Sampler, str]:
                 call()
         mode, replay = "graph", graph.replay
     except RuntimeError:
+        torch.cuda.set_stream(before)  # a capture that fails to end leaves its own
         torch.cuda.synchronize()
 
         def replay() -> None:

@@ -73,10 +73,16 @@ def packed_sequences(q, k, v, *, cu_seq_q, cu_seq_k, max_q, max_k, window_size, 
     return torch.cat(out)
 
 
+def of_torch_2_11(q, k, v, *, cu_seq_q, cu_seq_k, max_q, max_k, window_size):
+    lengths = {"cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k, "max_q": max_q, "max_k": max_k}
+    return packed_sequences(q, k, v, **lengths, window_size=window_size, enable_gqa=True)
+
+
+@pytest.mark.parametrize("varlen_attn", [packed_sequences, of_torch_2_11])
 @pytest.mark.parametrize("name", SMALL)
-def test_varlen_gets_the_right_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_gets_the_right_sequences(name: str, varlen_attn, monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
-    monkeypatch.setattr(module, "varlen_attn", packed_sequences)
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
     workload = small(name)
     inputs = workload.make_inputs(3, "cpu")
     for regather in (False, True):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -217,3 +219,41 @@ def test_scripts_run_alone(script):
         cwd="/",
     )
     assert "--" in done.stdout
+
+
+def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
+    """torch.cuda.graph sets its stream, and does not set it back when the capture cannot end."""
+
+    class Stream:
+        def synchronize(self):
+            pass
+
+    class Timed(types.SimpleNamespace):
+        def elapsed_time(self, other):
+            return 1.0
+
+    class Failing:
+        def __enter__(self):
+            torch.cuda.set_stream(Stream())
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    default = Stream()
+    current = [default]
+    nothing = lambda *_, **__: None  # noqa: E731
+    event = lambda **_: Timed(record=nothing, synchronize=nothing)  # noqa: E731
+    for name, replacement in {
+        "synchronize": nothing,
+        "Stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda: current[-1],
+        "set_stream": current.append,
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=nothing),
+        "graph": lambda graph, stream: Failing(),
+        "Event": event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    sample, mode = timing.cuda_sampler([lambda: torch.ones(1)])
+    assert mode == "eager" and current[-1] is default and len(current) == 3
+    assert sample() > 0

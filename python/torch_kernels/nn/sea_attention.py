@@ -64,7 +64,8 @@ class SEAttention(nn.Module):
 
     ``layer(x [B, T, E])`` is a whole sequence. For decoding, ``state = layer.init_state(B, max_length)``; ``layer(x,
     state=state)`` returns (y, state) and can be called again with what follows; ``layer.step(x_t [B, 1, E], state)`` is
-    one token more. All of them agree.
+    one token more. All of them agree; in float32 on a GPU, where torch rounds what convolutions read to TF32 unless
+    ``torch.backends.cudnn.allow_tf32`` is False, as far as those ten bits go.
 
     The choice of cells has no gradient: the estimate learns from :func:`sea_distillation_loss`, which compares the map
     in ``y, map = layer(x, return_map=True)`` with a teacher's attention.
