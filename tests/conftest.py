@@ -14,7 +14,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from .backends import CI_EXAMPLES, Backend, testing_backends  # noqa: E402  (Triton reads the variable when it is imported)
+from . import interpreter  # noqa: E402  (Triton reads the variable when it is imported)
+from .backends import CI_EXAMPLES, Backend, testing_backends  # noqa: E402
 
 COMMON = {
     "deadline": None,
@@ -28,6 +29,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 torch.set_num_threads(1)
+interpreter.be_strict()
 
 
 def pytest_report_header() -> str:

@@ -59,7 +59,7 @@ def graph_attention_backward(
     rope = inv_freq is not None
     constants = {
         "GROUP": group, "D": size, "DV": value_size, "ROPE": rope, "INTERLEAVED": interleaved,
-        "BLOCK_D": power_of_two(size), "BLOCK_DV": power_of_two(value_size),
+        "BLOCK_D": power_of_two(size, 32), "BLOCK_DV": power_of_two(value_size),  # halves of 16 at least
     }  # fmt: skip
     with on_device(q):
         if tokens > 0:
