@@ -392,6 +392,7 @@ def graph_attention(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
             BLOCK_D=power_of_two(size), BLOCK_DV=power_of_two(value_size),
             STAGES=config.num_stages, TAIL_STAGES=min(config.num_stages, 2), num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
         if split:
             combine_kernel[(plan.capacity * kv_heads,)](

@@ -96,7 +96,7 @@ def graph_attention_backward(
             scale * LOG2E.value, scale, tokens, key_tokens, plan.list_stride, kv_heads,
             *grad_q.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             **constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
-            STAGES=config.num_stages, num_warps=config.num_warps,
+            STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if key_tokens == 0 or key_segments == 0:
             return
@@ -116,7 +116,7 @@ def graph_attention_backward(
                 *grad_k.stride()[:2], *grad_v.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2],
                 *k.stride()[:2], *v.stride()[:2], **constants, OF_KEYS=of_keys, OF_VALUES=of_values,
                 BLOCK_M=key_config.block_m, BLOCK_K=key_config.block_n, STAGES=key_config.num_stages,
-                num_warps=key_config.num_warps,
+                num_warps=key_config.num_warps, num_stages=key_config.num_stages,
             )  # fmt: skip
 
 
