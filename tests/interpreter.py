@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch_kernels._registry import interpreting_triton, triton_version
-
-MOST_BLOCKS = 65535  # along the second and the third axis of a grid
+from torch_kernels._triton import BLOCKS
 
 
 def least_of_product(left: Any, right: Any) -> tuple[int, int, int]:
@@ -25,8 +24,8 @@ def be_strict() -> None:
     set_grid_dim = interpreter_builder.set_grid_dim
 
     def checked(x: int, y: int, z: int) -> None:
-        if max(y, z) > MOST_BLOCKS:
-            raise ValueError(f"a grid of {x} x {y} x {z} blocks, but GPUs have at most {MOST_BLOCKS} along y and z")
+        if max(y, z) > BLOCKS:
+            raise ValueError(f"a grid of {x} x {y} x {z} blocks, but GPUs have at most {BLOCKS} along y and z")
         set_grid_dim(x, y, z)
 
     interpreter_builder.set_grid_dim = checked

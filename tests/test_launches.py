@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import importlib
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch_kernels._registry import interpreting_triton, triton_version
+from torch_kernels import _triton
+from torch_kernels._registry import CannotServe, interpreting_triton, triton_version
+from torch_kernels._triton import BLOCKS
 
 from .backends import Backend, serves
 from .calls import FAMILIES, sample
@@ -29,6 +31,7 @@ INSTANCES = 8  # of a kernel, over all lengths
 
 class Launch(NamedTuple):
     kernel: str
+    grid: tuple[int, ...]
     options: dict[str, Any]
     instance: tuple[Any, ...]  # what another compilation is needed for
 
@@ -43,7 +46,7 @@ def specialised(name: str, value: Any, constexpr: bool, kept: bool) -> Any:
     return "1" if value == 1 else value % 16 == 0
 
 
-@contextlib.contextmanager
+@contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """The launches of the calls within. Their results are whatever was in memory."""
     from triton.runtime.interpreter import InterpretedFunction
@@ -59,7 +62,7 @@ def recorded() -> Iterator[list[Launch]]:
             specialised(name, bound[name], "constexpr" in str(parameters[name].annotation), name in kept)
             for name in parameters
         )
-        launches.append(Launch(self.fn.__name__, options, (*sorted(options.items()), *instance)))
+        launches.append(Launch(self.fn.__name__, grid, options, (*sorted(options.items()), *instance)))
 
     run, InterpretedFunction.run = InterpretedFunction.run, record
     try:
@@ -120,6 +123,63 @@ def test_no_length_is_compiled_for(op: str) -> None:
         instances[launch.kernel].add(launch.instance)
     for kernel, found in instances.items():
         assert len(found) <= INSTANCES, f"{kernel} is compiled {len(found)} times for {len(LENGTHS)} lengths"
+
+
+def batches(n: int) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Calls for n sequences."""
+    x, packed, gate = zeros(n, 1, 2, 8), zeros(n, 2, 8), zeros(n, 2, 1)
+    lens, roots = integers(n), torch.full((n, 1), -1, dtype=torch.int32)
+    caches, none = (zeros(n, 2, 2, 8), zeros(n, 2, 2, 8)), integers(n, 1)
+    states, slopes = zeros(n, 2, 8, 8, dtype=torch.float32), zeros(2, dtype=torch.float32)
+    kept = {"num_cells": 16}
+    typical = {"temperature": 1.0, "epsilon": 0.1, "delta": 0.1}
+    return {
+        "tree_mask": ((roots,), {}),
+        "tree_positions": ((roots, lens), {}),
+        "tree_verify_greedy": ((none, none, roots), {}),
+        "tree_verify_typical": ((none, zeros(n, 1, 8), roots), typical),
+        "tree_verify_sampling": ((none, zeros(n, 1, 8), roots, zeros(n, 2, dtype=torch.float32)), {}),
+        "merge_attention_states": ((x, gate.float(), x, gate.float()), {}),
+        "sea_attention": ((x, x, x, none[..., None], none), kept),
+        "sea_attention_backward": ((x, x, x, x, x, gate.float(), none[..., None], none), kept),
+        "sea_stretch": ((zeros(n, 2, 1, 4), none), {"length": 3}),
+        "linear_attention": ((x, x, x), {}),
+        "linear_attention_backward": ((x, x, x, x), {}),
+        "running_mean": ((x,), {}),
+        "favor_features": ((x, zeros(16, 8)), {"kind": "exp", "eps": 0.1}),
+        "lightning_attention": ((x, x, x, slopes), {}),
+        "lightning_attention_backward": ((x, x, x, x, slopes), {}),
+        # The others are served up to some number of sequences.
+        "tree_attention": ((x, *caches, lens, roots), {}),
+        "tree_commit_kv_": ((*caches, x, x, lens, none, lens), {}),
+        "tree_compact_kv_": ((*caches, lens, none, lens), {}),
+        "lightning_attention_step_": ((packed, packed, packed, states, slopes), {}),
+        "lightning_attention_verify": ((x, x, x, states, slopes), {}),
+        "lightning_attention_commit_": ((x, x, states, slopes, none, lens), {}),
+    }
+
+
+BATCHES = (3, 70_000)
+REFUSED = list(batches(1))[-6:]
+
+
+@pytest.mark.parametrize("op", batches(1))
+def test_any_batch_fits_grids(op: str) -> None:
+    for n in BATCHES:
+        positional, keywords = batches(n)[op]
+        refused = op in REFUSED and n > BLOCKS
+        with recorded() as launches, pytest.raises(CannotServe, match="sequences") if refused else nullcontext():
+            TRITON(op, *positional, **keywords)
+        assert bool(launches) != refused
+        assert all(size <= BLOCKS for launch in launches for size in launch.grid[1:])
+
+
+def test_a_large_batch_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 3, 2, 16)
+    whole = TRITON("linear_attention", x, x, x)
+    monkeypatch.setattr(_triton, "BLOCKS", 4)
+    for part, expected in zip(TRITON("linear_attention", x, x, x), whole, strict=True):
+        assert torch.equal(part, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_kernels import _checks, _native
 from torch_kernels._registry import Backend, Op, native, triton_version, unit_stride
+from torch_kernels._triton import beyond_a_grid
 from torch_kernels.lightning_attention import reference
 
 MAX_HEAD_SIZE = 256
@@ -32,11 +33,12 @@ def _backends(name: str, compiled_for_cuda: bool) -> tuple[Backend, ...]:
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.lightning_attention.triton_kernels"), name)
 
+    refuses = (lambda q, *_: beyond_a_grid(q.shape[0])) if compiled_for_cuda else _needs_newer_triton
     cuda = [Backend(kind, native(kind, name), ON_GPU, accepts=unit_stride) for kind in ("cuda", "emulator")]
     return (
         Backend("cpu", native("cpu", name), _checks.FLOATING, accepts=unit_stride),
         *(cuda[:1] if compiled_for_cuda else ()),
-        Backend("triton", triton, ON_GPU, unit_stride, None if compiled_for_cuda else _needs_newer_triton),
+        Backend("triton", triton, ON_GPU, unit_stride, refuses),
         *(cuda[1:] if compiled_for_cuda else ()),
         Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
     )
