@@ -182,6 +182,13 @@ def test_a_large_batch_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(part, expected)
 
 
+def test_rows_that_are_far_apart_are_copied() -> None:
+    far = torch.empty(2, 2**24, dtype=torch.uint8)[:, :8]  # 128 rows of these would be 2^31 elements apart
+    (near,) = _triton.rows_nearby(far)
+    assert near.stride(0) == 8 and torch.equal(near, far)
+    assert next(_triton.rows_nearby(near)) is near
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_launches_give_the_options_of_what_is_compiled_ahead(family: str) -> None:
     """One that leaves an option out gets Triton's default, and is not what the resource table tells of."""

@@ -51,6 +51,11 @@ def last_stride_one(*tensors: torch.Tensor | None):
     return (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
+def rows_nearby(*tensors: torch.Tensor):
+    """Tensors, or copies of them, whose rows lie close enough for the offsets within a tile to fit in 32 bits."""
+    return (x if x.stride(0) < 2**24 else x.contiguous() for x in tensors)
+
+
 def beyond_a_grid(sequences: int) -> str | None:
     """For backends whose kernels have the sequences along such an axis: why they cannot serve so many."""
     return f"it serves up to {BLOCKS} sequences" if sequences > BLOCKS else None

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two
+from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two, rows_nearby
 from torch_kernels._triton_jit import LN2, LOG2E, is_special, join_splits, load_tile, locate, softmax_end
 
 from .. import heuristics
@@ -351,6 +351,7 @@ def graph_attention(
     )
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
     q, k, v = last_stride_one(q, k, v)
+    k, v = (k, v) if paged else rows_nearby(k, v)
     q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment = contiguous(
         q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment
     )  # fmt: skip

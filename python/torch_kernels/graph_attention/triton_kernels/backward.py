@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two
+from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two, rows_nearby
 from torch_kernels._triton_jit import LOG2E
 
 from .. import heuristics
@@ -51,6 +51,7 @@ def graph_attention_backward(
     )
     config, key_config = config or choice[0], key_config or choice[1]
     grad_out, q, k, v, out = last_stride_one(grad_out, q, k, v, out)
+    k, v = rows_nearby(k, v)
     q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment = contiguous(
         q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment
     )  # fmt: skip
