@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch_kernels._registry import interpreting_triton, triton_version
 from torch_kernels._triton import BLOCKS
 
@@ -29,3 +32,33 @@ def be_strict() -> None:
         set_grid_dim(x, y, z)
 
     interpreter_builder.set_grid_dim = checked
+
+
+@contextmanager
+def fences_watched() -> Iterator[None]:
+    """Within, a program may load only after a barrier what it has stored: on a GPU another of its threads may have."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    stored: list[Any] = []
+    load, store, next_program = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+
+    def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        if stored and np.isin(pointers.data[mask.data], np.concatenate(stored)).any():
+            raise RuntimeError("a program loads what it has stored, with no barrier between")
+        return load(pointers, mask, *rest)
+
+    def noted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        stored.append(pointers.data[mask.data].ravel())
+        return store(pointers, value, mask, *rest)
+
+    def from_new_program(*place: int) -> None:
+        stored.clear()
+        next_program(*place)
+
+    builder.create_masked_load, builder.create_masked_store = checked_load, noted_store
+    builder.create_barrier, builder.set_grid_idx = stored.clear, from_new_program
+    try:
+        yield
+    finally:
+        for name in ("create_masked_load", "create_masked_store", "create_barrier", "set_grid_idx"):
+            delattr(builder, name)

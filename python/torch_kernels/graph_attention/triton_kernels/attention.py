@@ -296,6 +296,7 @@ def graph_attention_kernel(
             target = out + offset[:, None] + d[None, :]
             changed = tl.load(target, mask=mask, other=0.0).to(tl.float32) + value[None, :]
             tl.store(target, changed.to(out.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # another thread may load for the next key what this one has stored
 
 
 @triton.jit(do_not_specialize=["tokens", "partial_capacity", "kv_heads"])
