@@ -14,8 +14,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from .backends import CI_EXAMPLES, Backend, testing_backends  # noqa: E402  (Triton reads the variable when it is imported)
-from .guards import watch_interpreter  # noqa: E402
+from . import interpreter  # noqa: E402  (Triton reads the variable when it is imported)
+from .backends import CI_EXAMPLES, Backend, testing_backends  # noqa: E402
 
 COMMON = {
     "deadline": None,
@@ -30,7 +30,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False  # torch's convolutions would round float32 inputs on GPUs
-watch_interpreter()
+interpreter.be_strict()
 _failed: set[str] = set()
 
 

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poison and guard bands: memory a kernel gets is full of NaN, and what lies around it must stay as it was, and, in
-Triton's interpreter, is not even read."""
+"""Poison and guard bands: memory a kernel gets is full of NaN, and what lies around it must stay as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch_kernels import _registry
 
 from .strategies import bits
 
@@ -85,44 +82,3 @@ class Guards:
             mock.patch.object(Tensor, "new_empty_strided", new_empty_strided),
         ):
             yield
-
-
-def watch_interpreter() -> None:
-    """From now on a kernel fails that reads or writes outside its tensors. A GPU may have no memory there."""
-    if not _registry.interpreting_triton() or _registry.triton_version() is None:
-        return
-    from triton.runtime import interpreter
-
-    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-    spans: list[tuple[int, int]] = []  # of the running kernel's tensors: the first byte, and that after the last
-
-    def span(x: Tensor) -> tuple[int, int]:
-        elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-        return x.data_ptr(), x.data_ptr() + elements * x.element_size()
-
-    def convert(self: Any, args: Any, keywords: dict[str, Any], original: Any = executor._init_args_hst) -> Any:
-        spans[:] = [span(x) for x in (*args, *keywords.values()) if isinstance(x, Tensor) and x.numel()]
-        return original(self, args, keywords)
-
-    def check(what: str, pointers: Any, mask: Any) -> None:
-        first, last = (int(end) for end in _ends(pointers.data, mask.data))
-        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        if first <= last and not any(begin <= first and last + size <= end for begin, end in spans):
-            near = min(spans, key=lambda x: abs(x[0] - first) + abs(x[1] - last))
-            raise IndexError(f"{what} bytes {first - near[0]} to {last + size - near[0]} of {near[1] - near[0]}")
-
-    def load(pointers: Any, mask: Any, *rest: Any, original: Any = builder.create_masked_load) -> Any:
-        check("loads", pointers, mask)
-        return original(pointers, mask, *rest)
-
-    def store(pointers: Any, value: Any, mask: Any, *rest: Any, original: Any = builder.create_masked_store) -> Any:
-        check("stores", pointers, mask)
-        return original(pointers, value, mask, *rest)
-
-    executor._init_args_hst, builder.create_masked_load, builder.create_masked_store = convert, load, store
-
-
-def _ends(pointers: Any, mask: Any) -> tuple[int, int]:
-    """The lowest and the highest of the pointers whose mask is set; the other way round where there is none."""
-    chosen = pointers[mask != 0]
-    return (chosen.min(), chosen.max()) if chosen.size else (1, 0)

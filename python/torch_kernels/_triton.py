@@ -3,8 +3,12 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+BLOCKS = 65535  # of a grid at most, along its second and its third axis
 
 
 def on_device(tensor: torch.Tensor):
@@ -45,6 +49,34 @@ def contiguous(*tensors: torch.Tensor | None):
 
 def last_stride_one(*tensors: torch.Tensor | None):
     return (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+def rows_nearby(*tensors: torch.Tensor):
+    """Tensors, or copies of them, whose rows lie close enough for the offsets within a tile to fit in 32 bits."""
+    return (x if x.stride(0) < 2**24 else x.contiguous() for x in tensors)
+
+
+def beyond_a_grid(sequences: int) -> str | None:
+    """For backends whose kernels have the sequences along such an axis: why they cannot serve so many."""
+    return f"it serves up to {BLOCKS} sequences" if sequences > BLOCKS else None
+
+
+def in_batches(heads: int | None = None) -> Callable[..., Any]:
+    """For launchers whose tensors all begin with the batch, and whose grids have an axis of B blocks or, with `heads`,
+    a dimension of the first tensor, of B * H: as many calls as that takes."""
+
+    def decorate(launch: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(launch)
+        def run(first: torch.Tensor, *others: Any) -> None:
+            most = BLOCKS if heads is None else max(BLOCKS // max(first.shape[heads], 1), 1)
+            if len(first) <= most:
+                return launch(first, *others)
+            for low in range(0, len(first), most):
+                launch(*(x[low : low + most] if isinstance(x, torch.Tensor) else x for x in (first, *others)))
+
+        return run
+
+    return decorate
 
 
 def aot_case(name: str, kernel, types: dict, constants: dict, absent=(), options: dict | None = None):

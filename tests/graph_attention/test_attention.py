@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_kernels.graph_attention import heuristics
 
-from ..backends import Backend, for_all
+from ..backends import F16, Backend, for_all
+from ..interpreter import fences_watched
 from ..tolerance import assert_accurate, ulp
 from . import oracle
 from .cases import GRAPH, GROUPS, HEAD_SIZES, Case, cases, make, run
@@ -146,3 +148,21 @@ def test_segment_graph(backend: Backend) -> None:
             attn_mask=mask,
         )  # fmt: skip
         torch.testing.assert_close(got, dense.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("others", [1, 2100], ids=["whole", "split"])
+def test_nan_and_infinities_of_several_keys_add_up(backend: Backend, others: int) -> None:
+    tokens, size = 12, 16
+    q, k = torch.zeros(tokens, 2, size, dtype=F16), torch.zeros(others + tokens, 1, size, dtype=F16)
+    v = k.clone()
+    expected = torch.zeros_like(q)
+    for column, (first, second) in enumerate([(math.inf, -math.inf), (math.inf, math.nan)]):
+        v[others + 3, 0, column], v[others + 9, 0, column] = first, second
+        expected[3:, :, column], expected[9:, :, column] = first, math.nan
+    graph = [[0, tokens], [0, others, others + tokens], [0, 1], [0], [1]]
+    arguments = [x.to(backend.device) for x in (q, k, v, *map(torch.tensor, graph))]
+    interpreted = backend.name == "triton" and backend.slow
+    with fences_watched() if interpreted else nullcontext():
+        out, _ = backend("graph_attention", *arguments)
+    assert torch.equal(out.cpu().isnan(), expected.isnan())
+    assert torch.equal(out.cpu().nan_to_num(0.0, 1.0, -1.0), expected.nan_to_num(0.0, 1.0, -1.0))

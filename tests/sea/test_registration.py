@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch_kernels
 from torch import Tensor
+from torch_kernels._registry import OPS, CannotServe, interpreting_triton
 
-from ..backends import Backend
+from ..backends import F16, Backend
 from ..tolerance import assert_bitwise
 
 
@@ -30,3 +32,20 @@ def test_training_compiles_without_a_break(any_backend: Backend) -> None:
             grads = [torch.autograd.grad(f(q, scores, widths), (q, scores)) for f in (compiled, loss)]
             for x, y in zip(*grads, strict=True):
                 assert_bitwise("gradient", x, y)
+
+
+@pytest.mark.skipif(not interpreting_triton(), reason="needs Triton's interpreter")
+def test_triton_refuses_cells_of_columns_beyond_32_bits() -> None:
+    """A row of one column among rows of many: counted in its cells, those columns would wrap around."""
+    cells, keys = 1 << 15, 1 << 16
+    q, k = torch.zeros(1, 16, 1, 8, dtype=F16), torch.zeros(1, 1, 1, 8, dtype=F16).expand(1, keys, 1, 8)
+    words, widths = torch.zeros(1, 16, cells // 32, dtype=torch.int32), torch.zeros(1, 16, dtype=torch.int32)
+    triton = Backend("triton", "cpu", (F16,), slow=True)
+    with pytest.raises(CannotServe, match="up to 65536 keys"):
+        triton("sea_attention", q, k, k, words, widths, num_cells=cells)
+    with pytest.raises(CannotServe, match="up to 65536 keys"):
+        triton("sea_attention_backward", q, q, k, k, q, q.float()[..., 0].mT, words, widths, num_cells=cells)
+    fewer = k[:, 1:]
+    with triton.forced():
+        gates = None, None, None
+        assert OPS["sea_attention"].backend_for(q, fewer, fewer, words, widths, cells, None, 0, *gates).name == "triton"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_kernels import _checks, _native
 from torch_kernels._registry import Backend, Op, native, triton_version, unit_stride
+from torch_kernels._triton import beyond_a_grid
 from torch_kernels.lightning_attention import reference
 
 MAX_HEAD_SIZE = 256
@@ -26,17 +27,23 @@ def _needs_newer_triton(*_: Any) -> str | None:
     return None if version >= (3, 5) else "it needs Triton 3.5 or later"
 
 
+def _too_many(rows: Tensor, *_: Any) -> str | None:
+    """For Triton's kernels of decoding, which have the rows along an axis of limited length."""
+    return beyond_a_grid(rows.shape[0])
+
+
 def _backends(name: str, compiled_for_cuda: bool) -> tuple[Backend, ...]:
     """The backends of an op. Products of dense tiles are Triton's on a GPU, what streams states is CUDA C++ too."""
 
     def triton() -> Callable[..., Any]:
         return getattr(importlib.import_module("torch_kernels.lightning_attention.triton_kernels"), name)
 
+    refuses = _too_many if compiled_for_cuda else _needs_newer_triton
     cuda = [Backend(kind, native(kind, name), ON_GPU, accepts=unit_stride) for kind in ("cuda", "emulator")]
     return (
         Backend("cpu", native("cpu", name), _checks.FLOATING, accepts=unit_stride),
         *(cuda[:1] if compiled_for_cuda else ()),
-        Backend("triton", triton, ON_GPU, unit_stride, None if compiled_for_cuda else _needs_newer_triton),
+        Backend("triton", triton, ON_GPU, unit_stride, refuses),
         *(cuda[1:] if compiled_for_cuda else ()),
         Backend("reference", lambda: getattr(reference, name), _checks.FLOATING),
     )

@@ -16,6 +16,8 @@ FEW_ROWS = 8
 
 # Up to so many, boundaries of cells are computed in 32 bits.
 MAX_CELLS = 1 << 15
+# So that a column's cell, had the row but one column, is a 32-bit number.
+MAX_CELLS_TIMES_KEYS = 1 << 31
 
 # Architectures whose tensor cores take operands from shared memory; on others they take registers.
 LARGE_TILES = ("sm_90", "sm_100")

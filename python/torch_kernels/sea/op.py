@@ -27,9 +27,10 @@ IN_CUDA = ("sea_select", "sea_attention")
 NOT_IN_TRITON = ("sea_select",)
 
 
-def _leaves_many_rows(q: Tensor, *_: Any) -> str | None:
+def _leaves_many_rows(q: Tensor, *others: Any) -> str | None:
     """For the CUDA kernel of sea_attention: Triton's serves many rows unless a backend is forced."""
-    if may_choose_triton() and heuristics.prefers_triton(q.shape[1]):
+    serves = may_choose_triton() and _not_in_triton("sea_attention", q, *others) is None
+    if serves and heuristics.prefers_triton(q.shape[1]):
         return "Triton's kernel shares columns between so many rows"
     return None
 
@@ -43,6 +44,9 @@ def _not_in_triton(name: str, *arguments: Any) -> str | None:
         num_cells = next(argument for argument in arguments if isinstance(argument, int))
         if num_cells > heuristics.MAX_CELLS:
             return f"it serves up to {heuristics.MAX_CELLS} cells"
+        values = arguments[2 if name == "sea_attention" else 3]
+        if num_cells * values.shape[1] >= heuristics.MAX_CELLS_TIMES_KEYS:
+            return f"it serves up to {heuristics.MAX_CELLS_TIMES_KEYS // num_cells} keys with so many cells"
     return None
 
 

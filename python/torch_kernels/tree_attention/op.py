@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_kernels import _checks, _native
 from torch_kernels._registry import Backend, Op, may_choose_triton, native, unit_stride
-from torch_kernels._triton import architecture
+from torch_kernels._triton import architecture, beyond_a_grid
 from torch_kernels.tree_attention import heuristics, reference
 
 MAX_NODES = 1024
@@ -27,10 +27,20 @@ FLOATING_AND_QUANTISED = (*_checks.FLOATING, *QUANTISED)
 
 def _leaves_many_rows(q: Tensor, k_cache: Tensor, *_: Any) -> str | None:
     """For the CUDA kernel: Triton's serves many rows unless a backend is forced."""
+    if beyond_a_grid(q.shape[0]):
+        return None
     rows = q.shape[1] * (q.shape[2] // max(k_cache.shape[2], 1))
     if may_choose_triton() and heuristics.prefers_triton(rows, q.dtype, architecture(q.device)):
         return "Triton's kernel is faster for so many rows"
     return None
+
+
+# An argument that begins with the batch, of ops whose Triton kernels have that along an axis of limited length.
+BATCHED = {"tree_attention": 0, "tree_commit_kv_": 2, "tree_compact_kv_": 2}
+
+
+def _in_one_grid(name: str, *arguments: Any) -> str | None:
+    return beyond_a_grid(arguments[BATCHED[name]].shape[0]) if name in BATCHED else None
 
 
 def _backends(name: str, dtypes: tuple[torch.dtype, ...]) -> tuple[Backend, ...]:
@@ -45,7 +55,7 @@ def _backends(name: str, dtypes: tuple[torch.dtype, ...]) -> tuple[Backend, ...]
         Backend(
             "cuda", native("cuda", name), on_gpu, unit_stride, _leaves_many_rows if name == "tree_attention" else None
         ),
-        Backend("triton", triton, on_gpu),
+        Backend("triton", triton, on_gpu, refuses=partial(_in_one_grid, name)),
         Backend("emulator", native("emulator", name), on_gpu, accepts=unit_stride),
         Backend("reference", lambda: getattr(reference, name), dtypes),
     )

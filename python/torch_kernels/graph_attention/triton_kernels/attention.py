@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two
+from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two, rows_nearby
 from torch_kernels._triton_jit import LN2, LOG2E, is_special, join_splits, load_tile, locate, softmax_end
 
 from .. import heuristics
@@ -296,6 +296,7 @@ def graph_attention_kernel(
             target = out + offset[:, None] + d[None, :]
             changed = tl.load(target, mask=mask, other=0.0).to(tl.float32) + value[None, :]
             tl.store(target, changed.to(out.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # another thread may load for the next key what this one has stored
 
 
 @triton.jit(do_not_specialize=["tokens", "partial_capacity", "kv_heads"])
@@ -351,6 +352,7 @@ def graph_attention(
     )
     scale = 1.0 / math.sqrt(size) if scale is None else float(scale)
     q, k, v = last_stride_one(q, k, v)
+    k, v = (k, v) if paged else rows_nearby(k, v)
     q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment = contiguous(
         q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment
     )  # fmt: skip
@@ -392,6 +394,7 @@ def graph_attention(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
             BLOCK_D=power_of_two(size), BLOCK_DV=power_of_two(value_size),
             STAGES=config.num_stages, TAIL_STAGES=min(config.num_stages, 2), num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
         if split:
             combine_kernel[(plan.capacity * kv_heads,)](

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two
+from torch_kernels._triton import architecture, contiguous, last_stride_one, on_device, power_of_two, rows_nearby
 from torch_kernels._triton_jit import LOG2E
 
 from .. import heuristics
@@ -51,6 +51,7 @@ def graph_attention_backward(
     )
     config, key_config = config or choice[0], key_config or choice[1]
     grad_out, q, k, v, out = last_stride_one(grad_out, q, k, v, out)
+    k, v = rows_nearby(k, v)
     q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment = contiguous(
         q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment
     )  # fmt: skip
@@ -59,7 +60,7 @@ def graph_attention_backward(
     rope = inv_freq is not None
     constants = {
         "GROUP": group, "D": size, "DV": value_size, "ROPE": rope, "INTERLEAVED": interleaved,
-        "BLOCK_D": power_of_two(size), "BLOCK_DV": power_of_two(value_size),
+        "BLOCK_D": power_of_two(size, 32), "BLOCK_DV": power_of_two(value_size),  # halves of 16 at least
     }  # fmt: skip
     with on_device(q):
         if tokens > 0:
@@ -96,7 +97,7 @@ def graph_attention_backward(
             scale * LOG2E.value, scale, tokens, key_tokens, plan.list_stride, kv_heads,
             *grad_q.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             **constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t,
-            STAGES=config.num_stages, num_warps=config.num_warps,
+            STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if key_tokens == 0 or key_segments == 0:
             return
@@ -116,7 +117,7 @@ def graph_attention_backward(
                 *grad_k.stride()[:2], *grad_v.stride()[:2], *grad_out.stride()[:2], *q.stride()[:2],
                 *k.stride()[:2], *v.stride()[:2], **constants, OF_KEYS=of_keys, OF_VALUES=of_values,
                 BLOCK_M=key_config.block_m, BLOCK_K=key_config.block_n, STAGES=key_config.num_stages,
-                num_warps=key_config.num_warps,
+                num_warps=key_config.num_warps, num_stages=key_config.num_stages,
             )  # fmt: skip
 
 

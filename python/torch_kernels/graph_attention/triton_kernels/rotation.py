@@ -92,7 +92,7 @@ def store_turned(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["segments", "query_tokens"])
+@triton.jit(do_not_specialize=["segments", "query_tokens", "edges"])
 def tables_kernel(
     turns, deltas, records, lists, inv_freq, q_start, edge_start, own_start, segments, query_tokens,
     edges,

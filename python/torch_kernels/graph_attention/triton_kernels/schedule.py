@@ -91,7 +91,7 @@ def key_range(kv_offsets, segment, exists, key_tokens, PAGED: tl.constexpr):
     return begin.to(tl.int32), tl.where(exists, length, 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["segments", "tokens", "columns", "columns_2"])
+@triton.jit(do_not_specialize=["segments", "tokens", "columns", "columns_2", "column_stride_2"])
 def uncovered_kernel(
     x, x_2, offsets, segments, tokens, columns, columns_2, stride, column_stride, stride_2, column_stride_2,
     VALUE_2: tl.constexpr, BLOCK: tl.constexpr,
@@ -116,11 +116,11 @@ def uncovered_kernel(
             tl.store(x_2 + at, tl.full((BLOCK, 128), VALUE_2, x_2.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["query_tokens", "key_tokens", "key_segments", "edges", "list_stride"])
+@triton.jit(do_not_specialize=["query_tokens", "key_tokens", "key_segments", "edges", "list_stride", "most"])
 def segments_kernel(
     records, lists, edge_targets, q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment, edge_start,
-    query_tokens, key_tokens, key_segments, edges, list_stride,
-    GROUP: tl.constexpr, PAGED: tl.constexpr, TARGET: tl.constexpr, MIN_SPLIT: tl.constexpr, MOST: tl.constexpr,
+    query_tokens, key_tokens, key_segments, edges, list_stride, most,
+    GROUP: tl.constexpr, PAGED: tl.constexpr, TARGET: tl.constexpr, MIN_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid (query segments). TARGET: programs that fill the GPU, of one key/value head."""
@@ -197,7 +197,7 @@ def segments_kernel(
     length = (q_end - q_begin).to(tl.int32)
     tiles = tl.cdiv(length * GROUP, BLOCK_M)
     keys = tl.minimum(keys + own_len, 1 << 30).to(tl.int32)
-    splits = tl.minimum(tl.minimum(TARGET // tl.maximum(tiles, 1), keys // MIN_SPLIT), MOST)
+    splits = tl.minimum(tl.minimum(TARGET // tl.maximum(tiles, 1), keys // MIN_SPLIT), most)
     record = records + segment.to(tl.int64) * SEGMENT_FIELDS
     tl.store(record + Q_BEGIN, q_begin.to(tl.int32))
     tl.store(record + Q_LEN, length)
@@ -351,8 +351,8 @@ class Schedule:
         self.items = torch.empty(2 + 2 * self.capacity, dtype=torch.int32, device=device)
         segments_kernel[(self.segments,)](
             self.records, self.lists, self.targets, q_offsets, kv_offsets, edge_offsets, edge_sources, own_segment,
-            edge_start, query_tokens, key_tokens, kv_offsets.shape[0] - 1, self.edges, self.list_stride,
-            GROUP=group, PAGED=paged, TARGET=target, MIN_SPLIT=heuristics.MIN_SPLIT, MOST=max(most, 1),
+            edge_start, query_tokens, key_tokens, kv_offsets.shape[0] - 1, self.edges, self.list_stride, max(most, 1),
+            GROUP=group, PAGED=paged, TARGET=target, MIN_SPLIT=heuristics.MIN_SPLIT,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_T=config.block_t, num_warps=4,
         )  # fmt: skip
         schedule_kernel[(self.segments,)](

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, contiguous, on_device
+from torch_kernels._triton import architecture, contiguous, in_batches, on_device
 from torch_kernels._triton_jit import LN2, LOG2E, softmax_step
 
 from ..heuristics import attention_tile
@@ -150,6 +150,7 @@ def attention_kernel(
     tl.store(target, result.to(out.dtype.element_ty), mask=exists[:, None] & (column < DV)[None, :])
 
 
+@in_batches()
 def sea_attention(
     out, lse, q, k, v, cells, widths, num_cells, scale, max_columns_per_cell, row_gain, mix, pooled
 ):  # fmt: skip

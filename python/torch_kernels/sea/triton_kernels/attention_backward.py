@@ -6,7 +6,7 @@ import math
 import torch
 import triton
 
-from torch_kernels._triton import architecture, contiguous, on_device
+from torch_kernels._triton import architecture, contiguous, in_batches, on_device
 
 from ..heuristics import key_gradient_tile, query_gradient_tile
 from .cells import clip_mode
@@ -15,6 +15,7 @@ from .query_gradient import query_gradient_kernel
 from .tiles import head_blocks, launch_options, strides
 
 
+@in_batches()
 def sea_attention_backward(
     grad_q, grad_k, grad_v, grad_row_gain, grad_mix, grad_pooled,
     grad_out, q, k, v, out, lse, cells, widths, num_cells, scale, max_columns_per_cell, row_gain, mix, pooled,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import architecture, contiguous, on_device
+from torch_kernels._triton import architecture, contiguous, in_batches, on_device
 
 from ..heuristics import SPAN, linear_tile
 
@@ -317,6 +317,7 @@ def _attend(
         )  # fmt: skip
 
 
+@in_batches(heads=2)
 def linear_attention(out, state, norm, q, k, v, causal, initial_state, initial_norm, eps):
     if norm.numel() == 0:
         return
@@ -327,6 +328,7 @@ def linear_attention(out, state, norm, q, k, v, causal, initial_state, initial_n
             _attend(out, q, k, v, states, norms, causal, eps=eps, divide=True)
 
 
+@in_batches(heads=2)
 def linear_attention_backward(
     grad_q, grad_k, grad_v, grad_initial_state, grad_initial_norm,
     grad_out, q, k, v, grad_state, grad_norm, causal, initial_state, initial_norm, eps,

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import on_device
+from torch_kernels._triton import in_batches, on_device
 
 PART = 256  # tokens
 BLOCK = 128  # columns
@@ -68,6 +68,7 @@ def mean_kernel(
         tl.store(target, value.to(tl.float32).to(mean.dtype.element_ty), mask=exists)
 
 
+@in_batches()
 def running_mean(mean, sum_after, count_after, v, sum, count):
     batch, tokens, heads, size = v.shape
     columns, parts = heads * size, triton.cdiv(tokens, PART)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import on_device
+from torch_kernels._triton import in_batches, on_device
 
 
 @triton.jit
@@ -77,6 +77,7 @@ def tree_positions_kernel(positions, parents, prefix_lens, nodes, BLOCK: tl.cons
     tl.store(positions + batch * nodes + node, tl.where(depth >= 0, position, 0), mask=node < nodes)
 
 
+@in_batches()
 def tree_mask(mask, parents):
     batch, nodes = parents.shape
     if batch * nodes:
@@ -85,6 +86,7 @@ def tree_mask(mask, parents):
             tree_mask_kernel[grid](mask.view(torch.uint8), parents.contiguous(), nodes, BLOCK_M=16, BLOCK_N=64)
 
 
+@in_batches()
 def tree_positions(positions, parents, prefix_lens):
     batch, nodes = parents.shape
     if batch * nodes:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_kernels._triton import on_device, power_of_two
+from torch_kernels._triton import in_batches, on_device, power_of_two
 
 from .tree import parent_of
 
@@ -326,6 +326,7 @@ def tree_verify_greedy(path, num_accepted, tokens, draft_tokens, target_tokens, 
         )  # fmt: skip
 
 
+@in_batches()
 def tree_verify_typical(
     path, num_accepted, tokens, draft_tokens, target_logits, parents, temperature, epsilon, delta, uniforms
 ):  # fmt: skip
