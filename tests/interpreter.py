@@ -20,7 +20,7 @@ def least_of_product(left: Any, right: Any) -> tuple[int, int, int]:
 
 
 def be_strict() -> None:
-    """From now on the interpreter refuses what a GPU would: small products, wide grids, addresses outside of tensors."""
+    """From now on the interpreter refuses what a GPU would: small products, wide grids, addresses outside tensors."""
     if not interpreting_triton() or triton_version() is None:
         return
     from triton.runtime.interpreter import GridExecutor, interpreter_builder

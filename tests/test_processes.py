@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads of OpenMP and of Python, forked processes, and memory over many calls."""
+"""Threads of OpenMP and of Python, forked processes, memory over many calls, and an older torch."""
 
 from __future__ import annotations
 
@@ -172,4 +172,19 @@ with torch_kernels.use_backend("cpu"):
 def test_memory_does_not_grow() -> None:
     """Half a MiB after 100,000 calls: less than six bytes a call."""
     result = python("-c", GROWTH, "100000" if NIGHTLY else "3000", timeout=1800)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+OLDER = """
+import sys, torch
+del torch.Tensor.__dlpack_c_exchange_api__
+from torch_kernels import _selftest
+sys.exit(_selftest.main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch is an older one")
+def test_torch_without_the_exchange_api() -> None:
+    """Every op takes its tensors through attributes, as an older torch has nothing else."""
+    result = python("-c", OLDER)
     assert result.returncode == 0, result.stdout + result.stderr
