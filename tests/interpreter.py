@@ -13,6 +13,8 @@ from torch import Tensor
 from torch_kernels._registry import interpreting_triton, triton_version
 from torch_kernels._triton import BLOCKS
 
+from .backends import Backend
+
 
 def least_of_product(left: Any, right: Any) -> tuple[int, int, int]:
     """Rows, columns, and what is summed over, at least. Triton 3.9 takes 8 of float32, 3.6 does not."""
@@ -74,8 +76,12 @@ def _stay_inside(executor: Any, builder: Any) -> None:
 
 
 @contextmanager
-def fences_watched() -> Iterator[None]:
-    """Within, a program may load only after a barrier what it has stored: on a GPU another of its threads may have."""
+def fences_watched(backend: Backend) -> Iterator[None]:
+    """Within, a program may load only after a barrier what it has stored: on a GPU another of its threads may have.
+    For backends that are interpreted."""
+    if not (backend.name == "triton" and backend.slow):
+        yield
+        return
     from triton.runtime.interpreter import interpreter_builder as builder
 
     stored: list[Any] = []

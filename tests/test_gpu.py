@@ -18,6 +18,7 @@ from torch_kernels import _native, _registry
 from . import conftest
 from .backends import Backend, need
 from .calls import EVERY, own, sample, samples
+from .interpreter import fences_watched
 from .strategies import bits
 from .tolerance import assert_bitwise
 
@@ -82,7 +83,8 @@ def test_rerun(backend: Backend, op: str, i: int) -> None:
     interpreted = backend.name == "triton" and backend.slow  # one program after the other, in one order
     for start in (call.values(), call.changed())[interpreted:]:
         call.set(start)
-        expected = {name: x.clone() for name, x in call(backend).items()}
+        with fences_watched(backend):
+            expected = {name: x.clone() for name, x in call(backend).items()}
         for seed in range(1 if interpreted else 3):
             if backend.name == "emulator":
                 _native.emulator().set_seed(seed)  # another order of threads and of asynchronous copies

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, need
+from ..interpreter import fences_watched
 from ..tolerance import assert_bitwise
 from .cases import Case, make, run
 
@@ -116,6 +117,23 @@ def test_infinite_slope(backend: Backend, value: float) -> None:
         for x in grads[:3]:
             assert x[:, sound].isfinite().all()
         assert (grads[3] == 0).all() and (grads[4] == 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, *VALUES])
+def test_parts_of_a_large_state_add_up(backend: Backend, value: float) -> None:
+    """Of float32 queries and keys with many columns, which may be walked in parts."""
+    need(backend, "lightning_attention", "lightning_apply_state")
+    case = Case(lengths=(20,), heads=1, key_size=128, value_size=16)
+    args = make(case, backend.device)
+    bad = args | {name: args[name].clone() for name in ("q", "k")}
+    bad["q"][:, 9, :, 100], bad["k"][:, 9, :, 100] = value, value
+    with fences_watched(backend):
+        expected, got = (run(backend, case, x)[0] for x in (args, bad))
+        applied = backend("lightning_apply_state", bad["q"], args["initial_state"], args["slopes"])
+    assert_near("out", got[:, :9], expected[:, :9])
+    assert got[:, 9:].isfinite().all() == math.isfinite(value)
+    sound = torch.arange(20) != 9
+    assert applied[:, sound].isfinite().all() and applied[:, 9].isfinite().all() == math.isfinite(value)
 
 
 def test_states_of_infinite_slopes(backend: Backend) -> None:

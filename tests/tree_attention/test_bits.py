@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import Backend, for_all
 from ..guards import Guards
+from ..interpreter import fences_watched
 from ..strategies import bits
 from ..tolerance import assert_bitwise
 from .cases import FP8, Case, cases, make, run
@@ -156,6 +157,20 @@ def test_nan_before_the_window_never_leaks(backend: Backend) -> None:
         if not page:
             args["v_cache"][0, 67] = NAN
             assert run(backend, args)[0][0, 0].isnan().all() and not run(backend, args)[0][0, 1:].isnan().any()
+
+
+@pytest.mark.parametrize("prefix", [40, 1500], ids=["whole", "split"])
+def test_nan_and_infinities_of_several_keys_add_up(backend: Backend, prefix: int) -> None:
+    args = make(Case(prefixes=(prefix,), nodes=4, tree="chain", dtype=torch.float16, own_keys=True), backend.device)
+    infinity, plus, minus = float("inf"), 0, 1
+    args["v_cache"][0, 3, :, plus], args["v_tree"][0, 2, :, plus] = infinity, infinity
+    args["v_cache"][0, 3, :, minus], args["v_cache"][0, 7, :, minus] = infinity, -infinity
+    args["v_tree"][0, 1, :, 2], args["v_tree"][0, 2, :, 2] = infinity, -infinity
+    with fences_watched(backend):
+        out, _ = run(backend, args)
+    assert (out[..., plus] == infinity).all() and out[..., minus].isnan().all()
+    assert out[0, 0, :, 2].isfinite().all() and (out[0, 1, :, 2] == infinity).all() and out[0, 2:, :, 2].isnan().all()
+    assert out[..., 3:].isfinite().all()
 
 
 def test_nan_in_q_stays_in_its_row(backend: Backend) -> None:

@@ -122,6 +122,8 @@ def apply_state_kernel(
     column = block * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, C)
     for part in tl.range(0, PARTS, num_stages=1):
+        if PARTS > 1:
+            tl.debug_barrier()  # as in a walk
         low, high = load_state(state + part * (SIZE * V), column, SIZE, K0, K1, V, False)
         for step in range(tl.cdiv(end - begin, C)):
             first = begin + step * C

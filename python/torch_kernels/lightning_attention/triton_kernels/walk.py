@@ -367,6 +367,8 @@ def walk(
     STEP: tl.constexpr = SIZE if TRANSPOSED else SIZE * V
     worst = 0.0
     for part in tl.range(0, PARTS, num_stages=1):
+        if ADD:
+            tl.debug_barrier()  # another thread may add to what this one has stored
         worst += _walk_part(
             out, dots, _rows_from(q, part, SIZE), k + part * SIZE, v, other, slope, gates,
             _rows_from(state, part, STEP), _rows_from(final, part, STEP), _rows_from(marks, part, STEP),

@@ -123,6 +123,7 @@ def _add_special(results, offset, v, seen, DV: tl.constexpr, BLOCK_DV: tl.conste
     target = results + offset[:, None] + d[None, :]
     result = tl.load(target, mask=affected, other=0.0).to(tl.float32) + v[None, :]
     tl.store(target, result.to(results.dtype.element_ty), mask=affected)
+    tl.debug_barrier()  # another thread may load for the next key what this one has stored
 
 
 @triton.jit(do_not_specialize=["window", "nodes", "capacity", "pages", "max_splits", "split_capacity", "table_stride"])
