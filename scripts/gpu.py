@@ -80,7 +80,7 @@ class Machine:
 
     def architecture(self) -> str:
         major, minor = torch.cuda.get_device_capability()
-        return f"{major}{minor}{'a' if major >= 9 else ''}-real"
+        return f"{major}{minor}-real"
 
     def tool(self, name: str) -> str | None:
         return shutil.which(name, path=self.path) or shutil.which(name, path="/usr/local/cuda/bin")
