@@ -145,9 +145,12 @@ with torch_kernels.use_backend("cpu"):
     for op in samples("cpu"):
         call = Call(op, 0, ON_CPU[0])
         repeat(call, 20)
-        blocks = objects()
-        repeat(call, 200)
-        more = objects() - blocks
+        for _ in range(3):  # what leaks does so in every round; the interpreter's own tables grow once
+            blocks = objects()
+            repeat(call, 200)
+            more = objects() - blocks
+            if more < 50:
+                break
         assert more < 50, f"{op}: {more} more Python objects after 200 calls"
     for op in ("tree_mask", "int4_linear", "lightning_attention", "sea_csr"):
         call = Call(op, 0, ON_CPU[0])
