@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch_kernels import _native
 
-BUILT = "80-real, 86-real, 90a-real, 100a-real, 120-virtual"
+BUILT = "80-real, 86-real, 90-real, 100-real, 120"
 
 
 @pytest.fixture

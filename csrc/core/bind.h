@@ -101,6 +101,7 @@ inline Argument borrow_by_attributes(nb::handle object) {
   nb::tuple sizes = nb::tuple(object.attr("shape")), strides = nb::tuple(object.attr("stride")());
   nb::object device = object.attr("device");
   result.data = reinterpret_cast<void*>(nb::cast<intptr_t>(object.attr("data_ptr")()));
+  // An attribute becomes an nb::str as it is; an object is converted.
   result.dtype = dtype_from_name(nb::str(nb::object(object.attr("dtype"))).c_str());
   result.rank = int32_t(sizes.size());
   for (int i = 0; i < result.rank && i < Tensor::kMaxRank; i++) {

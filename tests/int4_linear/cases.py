@@ -80,8 +80,7 @@ def make(case: Case, device: str = "cpu") -> Call:
         oracle.portable(q), scales, zeros, g_idx, in_features=k, group_size=case.group_size
     )  # fmt: skip
     dense = oracle.dense(q, scales, zeros, groups)
-    move = lambda t: t if t is None or device == "cpu" else t.to(device)  # noqa: E731
-    return Call(x, weight.to(device), move(bias), dense)
+    return Call(x, weight.to(device), bias if bias is None else bias.to(device), dense)
 
 
 def run(backend: Backend, call: Call, mode: str = "exact") -> Tensor:

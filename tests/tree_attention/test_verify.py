@@ -252,18 +252,15 @@ def test_uniforms_may_be_float64(backend: Backend) -> None:
     batch = 7
     draft, parents = torch.zeros(batch, 3, dtype=I64), torch.tensor([[-1, 0, 1]]).expand(batch, -1)
     uniforms = ((torch.arange(4 * batch).reshape(batch, 4) % 7 + 0.5) / 7).double()
-    for op, target, extra in (
-        ("tree_verify_sampling", torch.full((batch, 3, 7), 1 / 7), {}),
-        ("tree_verify_typical", torch.zeros(batch, 3, 7), {"temperature": 1.0, "epsilon": 0.1, "delta": 1.0}),
+    typical = {"temperature": 1.0, "epsilon": 0.1, "delta": 1.0}
+    draft, parents, probs = device(backend, draft, parents, torch.full((batch, 3, 7), 1 / 7))
+    for verify in (
+        lambda u: backend("tree_verify_sampling", draft, probs, parents, u),
+        lambda u: backend("tree_verify_typical", draft, torch.zeros_like(probs), parents, uniforms=u, **typical),
     ):
-        results = []
-        for u in (uniforms.float(), uniforms):
-            u, arguments = device(backend, u)[0], device(backend, draft, target, parents)
-            last = [u] if op == "tree_verify_sampling" else []
-            results.append(backend(op, *arguments, *last, **({"uniforms": u} | extra if extra else {})))
-        assert len(set(results[0][2].flatten().tolist())) > 4
-        for single, double in zip(*results, strict=True):
-            assert torch.equal(single, double)
+        single, double = (verify(*device(backend, u)) for u in (uniforms.float(), uniforms))
+        assert len(set(single[2].flatten().tolist())) > 4
+        assert all(map(torch.equal, single, double))
 
 
 def test_a_certain_token_is_always_accepted(backend: Backend) -> None:
